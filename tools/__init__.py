@@ -1,0 +1,1 @@
+"""Offline tools: the demo pair, the draft-head trainer, the benchmarks."""

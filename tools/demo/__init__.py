@@ -1,0 +1,1 @@
+"""Trains the demo target: corpus mix, tokenizer, model, model card."""
