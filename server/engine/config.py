@@ -1,0 +1,35 @@
+"""What the engine needs to know to start. The service fills it from its settings, tools from their command lines."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parents[2] / "drafts" / "demo"
+
+
+class EngineError(ValueError):
+    """The engine cannot start, or cannot serve a request: one sentence that says what was given and what was expected."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """``model`` and ``draft``: local directories or hub ids. ``draft`` None serves plain decoding.
+
+    ``draft_temperature`` None takes the values calibrated for the head. ``load_rule`` False keeps ``tree_nodes`` whatever the load.
+    ``kv_cache_memory`` in bytes; None chooses (see kv_cache.py). ``max_model_len`` in tokens; None takes the model's own.
+    """
+
+    model: str = str(DEMO / "target")
+    draft: str | None = str(DEMO / "eagle3")
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 32
+    tree_nodes: int = 16
+    tree_depth: int = 5
+    tree_topk: int = 4
+    draft_temperature: float | None = None
+    load_rule: bool = True
+    block_size: int = 16
+    kv_cache_memory: int | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
