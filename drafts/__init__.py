@@ -1,0 +1,1 @@
+"""Draft heads: architecture, checkpoint reading and writing, the demo pair."""

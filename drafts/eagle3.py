@@ -1,0 +1,155 @@
+"""The EAGLE-3 draft head (Li et al., 2025, arXiv 2503.01840): one decoder layer over the target's features.
+
+Row i pairs token i + 1 with the target's feature at token i and predicts token i + 2; its RoPE position is i. H is the head's
+hidden size, H_t the target's, V the target's vocabulary and Vd the head's. The same module serves and trains: attention, which is
+all that differs, is the caller's.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q [..., Hq, D], k and v [..., Hkv, D], RoPE applied -> [..., Hq, D], scaled by 1 / sqrt(D)."""
+
+DEEPEST_TREE = 64  # positions past the target's context that a draft may reach
+
+
+def feature_layers(num_layers: int) -> tuple[int, int, int]:
+    """The target layers whose *inputs* are the low, middle and high features: index i of transformers' ``hidden_states``.
+
+    These are the layers of the EAGLE-3 release, (2, L // 2, L - 3), clamped for targets of fewer than five layers.
+    """
+    low, middle, high = (min(max(i, 0), num_layers - 1) for i in (2, num_layers // 2, num_layers - 3))
+    return low, middle, high
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """Shape of a head. ``rope_parameters`` are transformers' (rope_type, rope_theta, factor, ...)."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    target_hidden_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_parameters: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    norm_before_residual: bool = False
+    norm_output: bool = False
+    own_embedding: bool = False
+
+
+@dataclass(frozen=True)
+class HeadMetadata:
+    """What a head knows about itself.
+
+    ``held_out``: acceptance figures on prompts that were not trained on. ``draft_temperature``: (request temperature, sigma)
+    pairs, sigma being what calibrated the draft's log-probabilities best. ``acceptance_length``: tokens committed per
+    verification at temperature 0, bonus token counted, by number of tree nodes.
+    """
+
+    target_hash: str
+    tokenizer_hash: str
+    objective: str
+    held_out: Mapping[str, float] = field(default_factory=dict)
+    draft_temperature: tuple[tuple[float, float], ...] = ()
+    acceptance_length: Mapping[int, float] = field(default_factory=dict)
+
+
+def rope_table(config: Eagle3Config) -> Tensor:
+    """Cosines and signed sines of every position, [positions, 2, head_dim]; rotation is ``x * cos + roll(x, D / 2) * sin``."""
+    rotary = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings, rope_parameters=dict(config.rope_parameters),
+    ))
+    cos, sin = rotary(torch.empty(0), torch.arange(config.max_position_embeddings + DEEPEST_TREE)[None])
+    sign = torch.ones(config.head_dim)
+    sign[: config.head_dim // 2] = -1
+    return torch.stack((cos[0], sin[0] * sign), dim=1)
+
+
+class Eagle3Head(nn.Module):
+    """One EAGLE-3 head. q, k, v and gate, up are kept as one matrix each, which halves the launches of a small draft step;
+    ``checkpoint.py`` writes and reads them under their published names."""
+
+    d2t: Tensor | None
+    rope: Tensor
+    _shared_embedding: Tensor | None
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__()
+        self.config = config
+        self.metadata: HeadMetadata | None = None
+        hidden, heads, kv = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.fc = nn.Linear(3 * config.target_hidden_size, hidden, bias=False)
+        self.input_layernorm = nn.Parameter(torch.ones(hidden))
+        self.hidden_norm = nn.Parameter(torch.ones(hidden))
+        self.qkv_proj = nn.Linear(2 * hidden, heads + 2 * kv, bias=False)
+        self.o_proj = nn.Linear(heads, hidden, bias=False)
+        self.post_attention_layernorm = nn.Parameter(torch.ones(hidden))
+        self.gate_up_proj = nn.Linear(hidden, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
+        self.norm = nn.Parameter(torch.ones(hidden))
+        self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.embed_tokens = nn.Parameter(torch.zeros(config.vocab_size, hidden)) if config.own_embedding else None
+        reduced = config.draft_vocab_size != config.vocab_size
+        self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64) if reduced else None)
+        self.register_buffer("rope", rope_table(config), persistent=False)
+        self.register_buffer("_shared_embedding", None, persistent=False)
+
+    def share_embedding(self, weight: Tensor) -> None:
+        """Use the target's table, [V, H], where the head has none of its own."""
+        if self.embed_tokens is None:
+            self._shared_embedding = weight.detach()
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Target token ids [...] -> [..., H]."""
+        table = self._shared_embedding if self.embed_tokens is None else self.embed_tokens
+        assert table is not None, "share_embedding() first: this head has no table of its own"
+        return F.embedding(token_ids, table)
+
+    def combine(self, features: Tensor) -> Tensor:
+        """The target's low, middle and high features side by side, [..., 3 * H_t] -> [..., H]."""
+        return self.fc(features)
+
+    def forward(self, embeddings: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One draft step.
+
+        ``embeddings``: [..., H] of token i + 1. ``hidden``: [..., H], ``combine``d feature i, or the state that this method
+        returned for the row before. ``positions``: integers [...]. Returns the state to recycle, [..., H].
+        """
+        config, eps, width = self.config, self.config.rms_norm_eps, (self.config.hidden_size,)
+        normed = F.rms_norm(hidden, width, self.hidden_norm, eps)
+        x = torch.cat((F.rms_norm(embeddings, width, self.input_layernorm, eps), normed), dim=-1)
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, config.head_dim))
+        qk, v = qkv.tensor_split((config.num_attention_heads + config.num_key_value_heads,), dim=-2)
+        cos, sin = self.rope[positions].unsqueeze(-2).unbind(-3)
+        qk = torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, dims=-1), sin)
+        q, k = qk.tensor_split((config.num_attention_heads,), dim=-2)
+        residual = normed if config.norm_before_residual else hidden
+        y = residual + self.o_proj(attend(q, k, v).flatten(-2))
+        gate, up = self.gate_up_proj(F.rms_norm(y, width, self.post_attention_layernorm, eps)).chunk(2, dim=-1)
+        y = y + self.down_proj(F.silu(gate) * up)
+        return self._normed(y) if config.norm_output else y
+
+    def logits(self, y: Tensor) -> Tensor:
+        """[..., H], as ``forward`` returns it -> [..., Vd]."""
+        return self.lm_head(y if self.config.norm_output else self._normed(y))
+
+    def to_target_ids(self, draft_ids: Tensor) -> Tensor:
+        """Ids in the draft's vocabulary -> ids in the target's, same shape."""
+        return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
+
+    def _normed(self, y: Tensor) -> Tensor:
+        return F.rms_norm(y, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
