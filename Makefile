@@ -1,0 +1,44 @@
+# `make help` lists the targets. Everything is installed into .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# cpu or cuda: which file of constraints/ chooses the build of torch.
+TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+# Passed on to the program that a target runs, for example: make serve ARGS="--port 8001"
+ARGS ?=
+
+PY := $(VENV)/bin/python
+INSTALL = $(PY) -m pip install --constraint constraints/$(TORCH).txt --editable
+INPUTS := pyproject.toml $(wildcard constraints/*.txt)
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+serve: $(VENV)/.serve ## start the server on 127.0.0.1:8000 (ARGS="MODEL --draft HEAD ..."; without them the demo pair)
+	$(PY) -m server $(ARGS)
+
+test: $(VENV)/.dev ## run all tests (ARGS="-k name" for some)
+	$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(VENV)/.dev ## speculation against plain decoding, over HTTP, in one run (ARGS="--limit 8 --rounds 5 ...")
+	$(PY) -m tools.bench.http $(ARGS)
+
+clean: ## remove the virtual environment and all caches
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.serve: $(INPUTS)
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.dev: $(INPUTS)
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/.serve
