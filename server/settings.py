@@ -1,0 +1,160 @@
+"""Every option of the server, once: flag, environment variable, YAML key, default and help."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    CliPositionalArg,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    YamlConfigSettingsSource,
+)
+from yaml import YAMLError
+
+from server.engine.config import EngineConfig
+
+DEFAULTS = EngineConfig()
+DEMO_NAME = "vsd-demo"
+
+
+class ConfigFile(YamlConfigSettingsSource):
+    """Reads the YAML file that a flag or the environment named: both are sources of higher priority, thus known here."""
+
+    def __call__(self) -> dict[str, Any]:
+        path = self.current_state.get("config")
+        if path is None:
+            return {}
+        try:
+            values = self._read_file(Path(path))
+        except OSError as error:
+            raise SettingsError(f"config: cannot read {path}: {error.strerror}") from error
+        except (ValueError, YAMLError) as error:
+            raise SettingsError(f"config: {path} is not YAML in UTF-8: {' '.join(str(error).split())}") from error
+        if not isinstance(values, dict):
+            raise SettingsError(f"config: {path} must hold `option: value` lines, found {type(values).__name__}")
+        return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+class Settings(BaseSettings):
+    """Serve a language model, with batched tree speculative decoding, over the OpenAI API."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VSD_",
+        env_ignore_empty=True,
+        extra="forbid",
+        cli_prog_name="python -m server",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_parse_none_str="null",
+        cli_show_env_vars=True,
+        protected_namespaces=(),
+    )
+
+    model: CliPositionalArg[str | None] = Field(
+        None, description="local directory or hub id of the target; without it the demo pair is served"
+    )
+    draft: str | None = Field(None, description="draft head (local directory or hub id), or `none` for plain decoding")
+    host: str = Field("127.0.0.1", description="address to listen on")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the models run")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="number format of the weights")
+    max_model_len: int | None = Field(None, ge=2, description="most tokens of prompt and completion; the model's own limit by default")
+    max_num_seqs: int = Field(DEFAULTS.max_num_seqs, ge=1, description="most requests that run together")
+    max_queued_requests: int = Field(512, ge=0, description="most requests that wait; further ones are answered 503")
+    tree_nodes: int = Field(
+        DEFAULTS.tree_nodes, ge=1, le=64, description="most nodes that one verification holds per request, root included"
+    )
+    tree_depth: int = Field(DEFAULTS.tree_depth, ge=1, le=64, description="levels of drafted tokens in a tree")
+    tree_topk: int = Field(DEFAULTS.tree_topk, ge=1, le=64, description="children that a drafted node may have")
+    draft_temperature: float | Literal["auto"] = Field(
+        "auto", description="temperature at which nodes are ranked; auto takes the value calibrated for the head"
+    )
+    block_size: int = Field(DEFAULTS.block_size, ge=1, le=1024, description="tokens in a block of the KV cache")
+    kv_cache_memory: ByteSize | None = Field(
+        None, gt=0, description="bytes for the KV cache (units such as 2GiB allowed); chosen by default"
+    )
+    api_key: SecretStr | None = Field(None, min_length=1, description="key that clients must send; no check without it")
+    served_model_name: str | None = Field(None, min_length=1, description="model name in the API; directory name or hub id by default")
+    seed: int = Field(DEFAULTS.seed, description="seed of requests that bring none")
+    config: Path | None = Field(None, description="YAML file with any of these options; flags and environment win")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, ConfigFile(settings_cls)
+
+    @field_validator("draft_temperature", mode="before")
+    @classmethod
+    def _auto_or_positive(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not 0 < number < math.inf:
+            raise ValueError("must be `auto` or a number above 0")
+        return number
+
+    @model_validator(mode="after")
+    def _tree_fits_one_word(self) -> "Settings":
+        if (self.tree_depth - 1) * self.tree_topk > 64:
+            raise ValueError(f"(tree-depth - 1) x tree-topk must be at most 64, got ({self.tree_depth} - 1) x {self.tree_topk}")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """What clients call the model."""
+        if self.served_model_name is not None:
+            return self.served_model_name
+        if self.model is None:
+            return DEMO_NAME
+        return Path(self.model).resolve().name if Path(self.model).is_dir() else self.model
+
+    def engine_config(self) -> EngineConfig:
+        """A model of the user's own is decoded plainly unless a draft head is named with it."""
+        draft = DEFAULTS.draft if self.model is None else None
+        if self.draft is not None:
+            draft = None if self.draft.lower() == "none" else self.draft
+        return EngineConfig(
+            model=self.model or DEFAULTS.model,
+            draft=draft,
+            device=self.device,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            tree_nodes=self.tree_nodes,
+            tree_depth=self.tree_depth,
+            tree_topk=self.tree_topk,
+            draft_temperature=None if self.draft_temperature == "auto" else self.draft_temperature,
+            block_size=self.block_size,
+            kv_cache_memory=self.kv_cache_memory,
+            seed=self.seed,
+        )
+
+
+def load_settings(argv: list[str]) -> Settings:
+    """Flags over environment over YAML over defaults. Raises SettingsError with one sentence; ``--help`` and unknown flags exit."""
+    try:
+        return Settings(_cli_parse_args=argv)  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(item["loc"], item["msg"], item["input"]) for item in error.errors())) from error
+
+
+def _sentence(location: tuple[int | str, ...], message: str, given: object) -> str:
+    message = message.removeprefix("Value error, ")
+    if not location:
+        return message
+    option = str(location[0]).replace("_", "-")
+    return f"{option}: {message}" if option == "api-key" else f"{option}: {message}, got {given!r}"
