@@ -1,0 +1,1 @@
+"""The steps of tree speculation that are worth a kernel of their own, each with its plain-PyTorch form, which is the CPU path."""

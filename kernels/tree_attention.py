@@ -1,0 +1,102 @@
+"""Attention of new rows over a paged KV cache, with a tree or causal mask on the newest columns."""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class TreeLayout:
+    """Where the rows of one forward pass live and what they may see; the same for every layer.
+
+    Row i of request b is stored at logical slot ``context_lens[b] + i``; logical slot s lives in block ``block_tables[b, s // block]``.
+    It sees the whole committed context, and of the new rows those named by its ancestor word (``ancestors`` given), or rows
+    0..i (``ancestors`` None: a prefill chunk). Its position is ``context_lens[b] + depth[b, i]``: siblings share a position, so a
+    sliding window is a matter of positions and not of slots. Rows with ``live`` False are padding: block 0 takes their K and V.
+    """
+
+    block_tables: Tensor  # int64 [B, M]
+    context_lens: Tensor  # int64 [B]
+    depth: Tensor  # int64 [B, N]
+    ancestors: Tensor | None  # int64 [B, N]
+    live: Tensor | None  # bool [B, N], None: all
+    block_size: int
+    max_context: int  # >= context_lens.max(), known on the host so that nothing waits for the device
+    first_column: int = 0  # new rows start so many slots after the context; before them lie earlier rows of the same tree (drafting)
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [B, N]"""
+        return self.context_lens[:, None] + self.depth
+
+    def slots(self) -> Tensor:
+        """Physical slots of the new rows, int64 [B, N]; padding rows map to slot 0."""
+        rows = torch.arange(self.depth.shape[1], device=self.depth.device) + self.first_column
+        slots = physical_slots(self.block_tables, self.context_lens[:, None] + rows, self.block_size)
+        return slots if self.live is None else torch.where(self.live, slots, 0)
+
+    def num_blocks(self) -> int:
+        """Blocks per request that hold any visible column."""
+        return -(-(self.max_context + self.first_column + self.depth.shape[1]) // self.block_size)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Additive mask [B, N, L] over the columns of the first ``num_blocks`` blocks, built once for all layers of a kind."""
+        if window not in self._masks:
+            self._masks[window] = torch.zeros((), dtype=dtype, device=self.depth.device).where(self._visible(window), float("-inf"))
+        return self._masks[window]
+
+    def _visible(self, window: int | None) -> Tensor:
+        columns = torch.arange(self.num_blocks() * self.block_size, device=self.depth.device)
+        node = columns - self.context_lens[:, None]  # [B, L], negative: committed context
+        count = self.first_column + self.depth.shape[1]
+        if self.ancestors is None:
+            rows = torch.arange(self.depth.shape[1], device=self.depth.device)
+            visible = node[:, None, :] <= rows[:, None]
+        else:
+            bits = (self.ancestors[:, :, None] >> node.clamp(0, 63)[:, None, :]) & 1
+            visible = (node < 0)[:, None, :] | ((bits == 1) & ((node >= 0) & (node < count))[:, None, :])
+        if window is not None:
+            # A column's position: its slot in the context, context + depth among the new rows.
+            depth = self.depth.gather(1, node.clamp(0, self.depth.shape[1] - 1))
+            position = torch.where(node < 0, columns, self.context_lens[:, None] + depth)
+            visible = visible & (position[:, None, :] > (self.positions - window)[:, :, None])
+        return visible
+
+
+def physical_slots(block_tables: Tensor, logical: Tensor, block_size: int) -> Tensor:
+    """Logical slots int64 [B, S] -> physical slots int64 [B, S]."""
+    block = (logical // block_size).clamp(0, block_tables.shape[1] - 1)
+    return block_tables.gather(1, block) * block_size + logical % block_size
+
+
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    layout: TreeLayout,
+    scale: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(q K^T * scale + mask) V for every new row, K and V of the new rows already in the cache.
+
+    q: [B, N, Hq, D]; k_cache, v_cache: [blocks, block, Hkv, D], Hq a multiple of Hkv. Returns [B, N, Hq, D] in q's dtype.
+    """
+    batch, rows, heads, size = q.shape
+    kv_heads = k_cache.shape[2]
+    blocks = layout.block_tables[:, : layout.num_blocks()]
+    keys = k_cache[blocks].view(batch, -1, kv_heads, size).transpose(1, 2)  # [B, Hkv, L, D]
+    values = v_cache[blocks].view(batch, -1, kv_heads, size).transpose(1, 2)
+    # Heads that share a KV head become rows of it: K and V are never repeated.
+    group = heads // kv_heads
+    queries = q.view(batch, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * rows, size)
+    mask = layout.mask(sliding_window, q.dtype)[:, None].repeat(1, 1, group, 1)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    else:
+        scores = softcap * torch.tanh((queries.float() @ keys.float().transpose(2, 3)) * (scale / softcap)) + mask
+        out = (scores.softmax(-1) @ values.float()).to(q.dtype)
+    return out.view(batch, kv_heads, group, rows, size).permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, size)

@@ -1,0 +1,178 @@
+"""The engine: requests come in, every step drafts, verifies and commits for all that run."""
+
+import logging
+import random
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from drafts.eagle3 import Eagle3Head
+from server.engine.budget import LoadRule, default_acceptance, measure_costs
+from server.engine.config import EngineConfig, EngineError
+from server.engine.drafter import Drafter, TreeShape
+from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
+from server.engine.loading import load
+from server.engine.request import Request
+from server.engine.scheduler import Scheduler
+from server.engine.steps import MAX_PENDING, Steps
+from server.engine.target import Target
+from server.engine.types import RequestOutput, SamplingParams, StepStats
+
+logger = logging.getLogger(__name__)
+DEFAULT_SIGMA = ((0.0, 0.4), (1.0, 0.6))  # drafting temperatures of heads that were never calibrated
+Work = Callable[[list[Request], StepStats], list[RequestOutput]]
+
+
+class Engine:
+    """Continuous batching over a paged cache. Used from one thread; never raises for the fault of a single request.
+
+    ``head`` None: plain decoding by the same steps, with trees of one node.
+    """
+
+    def __init__(self, target: Target, head: Eagle3Head | None, tokenizer: PreTrainedTokenizerFast, config: EngineConfig) -> None:
+        self.tokenizer, self.vocab_size = tokenizer, target.vocab_size
+        self.max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
+        self.shape = TreeShape(config.tree_nodes, config.tree_depth, config.tree_topk) if head else TreeShape(1, 1, 1)
+        max_slots = self.max_model_len + self.shape.lookahead
+        bytes_per_token = target.kv_bytes_per_token + (head.config.num_key_value_heads * head.config.head_dim * 2 * target.dtype.itemsize if head else 0)
+        blocks = choose_num_blocks(bytes_per_token, config.block_size, config.max_num_seqs * max_slots, config.kv_cache_memory, target.device)
+        self.pool = BlockPool(blocks, config.block_size, config.max_num_seqs, max_slots, target.device)
+        self.scheduler = Scheduler(self.pool, self.shape.lookahead)
+        drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
+        self.steps = Steps(target, drafter, self.pool, target.new_cache(blocks, config.block_size), _sigma(head, config.draft_temperature))
+        self.load_rule = self._measure(head, config.max_num_seqs) if head and config.load_rule else None
+        self._eos_token_ids = _eos_token_ids(target, tokenizer)
+        self._seeds = random.Random(config.seed)
+        self._requests: dict[str, Request] = {}
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> "Engine":
+        """Load model, tokenizer and head; EngineError says in one sentence why they cannot serve."""
+        return cls(*load(config), config)
+
+    @property
+    def speculative(self) -> bool:
+        return self.steps.drafter is not None
+
+    @property
+    def max_request_tokens(self) -> int:
+        """Prompt and output tokens that one request can hold at most."""
+        return min(self.max_model_len, self.pool.capacity - self.shape.lookahead)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self.scheduler.waiting)
+
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Queue a request; EngineError when it could never run."""
+        if request_id in self._requests:
+            raise EngineError(f"request id {request_id!r} is running already")
+        if not prompt_token_ids:
+            raise EngineError("the prompt is empty: at least one token is expected")
+        outside = [token for token in (*prompt_token_ids, *params.logit_bias, *params.stop_token_ids) if not 0 <= token < self.vocab_size]
+        if outside:
+            raise EngineError(f"token id {outside[0]} is outside the vocabulary of {self.vocab_size} tokens")
+        total = len(prompt_token_ids) + params.max_tokens
+        if total > self.max_request_tokens:
+            raise EngineError(
+                f"{len(prompt_token_ids)} prompt tokens and max_tokens {params.max_tokens} make {total} tokens; a request can hold {self.max_request_tokens}"
+            )
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
+        tokenizer = self.tokenizer.backend_tokenizer
+        request = Request.create(request_id, prompt_token_ids, params, seed, self._eos_token_ids, tokenizer, self.vocab_size)
+        self._requests[request_id] = request
+        self.scheduler.waiting.append(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, in whatever state; its slot and blocks are free at once. Unknown ids are ignored."""
+        request = self._requests.pop(request_id, None)
+        if request:
+            self.scheduler.remove(request)
+
+    @torch.inference_mode()
+    def step(self) -> tuple[list[RequestOutput], StepStats]:
+        """Compute the next prompt chunks, then draft, verify and commit for every decoding request."""
+        stats, start = StepStats(), time.monotonic()
+        self.scheduler.admit(start)
+        prefilling, width = self.scheduler.next_prefill()
+        outputs = self._guarded(lambda requests, stats: self.steps.prefill(requests, width, stats), prefilling, stats)
+        decoding = self.scheduler.decoding()
+        shape = self._choose_shape(len(decoding))
+        outputs += self._guarded(lambda requests, stats: self.steps.decode(requests, shape, stats), decoding, stats)
+        if self.load_rule and decoding:
+            self.load_rule.observe(shape.nodes, [accepted for _, accepted in stats.drafts] or [0])
+        self._catch_up_draft()
+        stats.seconds = time.monotonic() - start
+        stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
+        return outputs, stats
+
+    def _choose_shape(self, batch: int) -> TreeShape:
+        return self.load_rule.choose(batch) if self.load_rule and batch else self.shape
+
+    def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:
+        """Do the work and end what it ended; if it raises, do it for each request alone, so that only those fail which raise again."""
+        if not requests:
+            return []
+        try:
+            outputs = work(requests, stats)
+        except Exception:
+            logger.exception("a step of %d requests failed", len(requests))
+            stats.failed_steps += 1
+            if len(requests) > 1:
+                return [output for request in requests for output in self._guarded(work, [request], stats)]
+            outputs = [RequestOutput(requests[0].request_id, finish_reason="error", error="the engine failed on this request")]
+        for output in outputs:
+            if output.finish_reason:
+                self._finish(self._requests.pop(output.request_id), output, stats)
+        return outputs
+
+    def _finish(self, request: Request, output: RequestOutput, stats: StepStats) -> None:
+        assert output.finish_reason is not None
+        if output.finish_reason == "error":
+            self._clear(request)
+        output.speculation = request.speculation
+        self.scheduler.remove(request)
+        stats.finished.append((output.finish_reason, request.times()))
+
+    def _clear(self, request: Request) -> None:
+        """Zero what a failed request wrote: masked columns still spread a NaN."""
+        blocks = [PADDING_BLOCK, *self.pool.blocks(request.row)]
+        self.steps.cache.clear(blocks)
+        if self.steps.drafter:
+            self.steps.drafter.cache.clear(blocks)
+
+    def _catch_up_draft(self) -> None:
+        """While speculation is off, features wait; many rows at once cost little, and memory stays bounded."""
+        late = [r for r in self.scheduler.running if not r.prefilling and sum(map(len, r.pending)) > MAX_PENDING] if self.load_rule else []
+        self.steps.sync_draft(late)
+
+    def _measure(self, head: Eagle3Head, max_batch: int) -> LoadRule:
+        """Time whole steps at start-up: the table that decides how many nodes a load can afford."""
+        logger.info("measuring step costs")
+        context = min(128, self.max_model_len)
+        seconds = measure_costs(lambda batch, shape: self.steps.time_step(batch, shape, context), self.shape, max_batch)
+        known = head.metadata.acceptance_length if head.metadata else {}
+        return LoadRule(self.shape, seconds, known or default_acceptance(self.shape.nodes))
+
+
+def _sigma(head: Eagle3Head | None, override: float | None) -> tuple[tuple[float, float], ...]:
+    """(request temperature, drafting temperature) points: the flag's, the head's own, or the defaults."""
+    if override is not None:
+        return ((0.0, override),)
+    return (tuple(head.metadata.draft_temperature) if head and head.metadata else ()) or DEFAULT_SIGMA
+
+
+def _eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
+    """End-of-sequence ids: the generation config's, as transformers' generate uses them, else the tokenizer's."""
+    ids = target.model.generation_config.eos_token_id if target.model.generation_config else None
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return frozenset(() if ids is None else [ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,100 @@
+"""One request while the engine works on it."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from server.engine.detokenizer import Detokenizer
+from server.engine.types import FinishReason, RequestOutput, RequestTimes, SamplingParams, SpeculationStats, TokenLogprob
+
+
+@dataclass
+class Request:
+    """``token_ids`` holds prompt and output. K and V of the first ``context_len`` tokens are in the target's cache, of the first
+    ``draft_len`` in the draft's (row i of the draft needs token i + 1); ``pending`` holds the target features of the rows between.
+    """
+
+    request_id: str
+    prompt_len: int
+    token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    eos_token_ids: frozenset[int]
+    detokenizer: Detokenizer
+    arrived: float = field(default_factory=time.monotonic)
+    scheduled: float | None = None
+    first_token: float | None = None
+    row: int = -1  # of the block tables
+    context_len: int = 0
+    draft_len: int = 0
+    pending: list[Tensor] = field(default_factory=list)  # [n, 3 * H] each
+    output_counts: Tensor | None = None  # int32 [V], only with penalties
+    prompt_tokens: Tensor | None = None  # bool [V]
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    speculation: SpeculationStats = field(default_factory=SpeculationStats)
+
+    @classmethod
+    def create(
+        cls, request_id: str, prompt: list[int], params: SamplingParams, seed: int, eos: frozenset[int], tokenizer: Tokenizer, vocab_size: int
+    ) -> "Request":
+        detokenizer = Detokenizer(tokenizer, prompt, params.stop, params.include_stop_str_in_output)
+        request = cls(request_id, len(prompt), list(prompt), params, seed, eos, detokenizer)
+        if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
+            request.output_counts = torch.zeros(vocab_size, dtype=torch.int32)
+            request.prompt_tokens = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, torch.tensor(prompt), True)
+        return request
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    @property
+    def prefilling(self) -> bool:
+        return self.context_len < self.prompt_len
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of prompt and output together, at most."""
+        return self.prompt_len + self.params.max_tokens
+
+    @property
+    def forbidden_until_min_tokens(self) -> frozenset[int]:
+        """Tokens that would end the request and may not be drawn before ``min_tokens``."""
+        return self.eos_token_ids | set(self.params.stop_token_ids)
+
+    def commit(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> RequestOutput:
+        """Append the committed ``tokens`` up to where the request ends; return what may be shown."""
+        output = RequestOutput(self.request_id, logprobs=None if self.params.logprobs is None else [])
+        for i, token in enumerate(tokens):
+            self.token_ids.append(token)
+            if self.output_counts is not None:
+                self.output_counts[token] += 1
+            piece, stop = self.detokenizer.add(token, self.num_output >= self.params.min_tokens)
+            output.token_ids.append(token)
+            output.token_texts.append(piece)
+            if output.logprobs is not None and logprobs is not None:
+                output.logprobs.append(logprobs[i])
+            output.finish_reason, output.stop_reason = self._ended(token, stop)
+            if output.finish_reason:
+                break
+        if self.first_token is None:
+            self.first_token = time.monotonic()
+            if self.params.prompt_logprobs is not None:
+                output.prompt_logprobs = self.prompt_logprobs
+        output.text = self.detokenizer.show(finished=output.finish_reason is not None)
+        return output
+
+    def _ended(self, token: int, stop: str | None) -> tuple[FinishReason | None, int | str | None]:
+        if token in self.params.stop_token_ids:
+            return "stop", token
+        if token in self.eos_token_ids and not self.params.ignore_eos:
+            return "stop", None
+        if stop is not None:
+            return "stop", stop
+        return ("length", None) if self.num_output >= self.params.max_tokens else (None, None)
+
+    def times(self) -> RequestTimes:
+        return RequestTimes(self.arrived, self.scheduled, self.first_token, time.monotonic())

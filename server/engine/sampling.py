@@ -1,0 +1,75 @@
+"""The sampling options of a batch of requests as tensors."""
+
+import torch
+from torch import Tensor
+
+from kernels.noise import gumbel_noise
+from kernels.sampling import Bans, Bias, Filters, Penalties, SamplingBatch
+from server.engine.request import Request
+
+
+def batch_options(requests: list[Request], vocab_size: int, device: torch.device) -> SamplingBatch:
+    """Options of ``requests`` in order; parts that no request uses are None."""
+    params = [request.params for request in requests]
+
+    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    filters = penalties = bias = None
+    if any(not p.greedy and (0 < p.top_k < vocab_size or p.top_p < 1 or p.min_p > 0) for p in params):
+        top_k = column([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], torch.long)
+        filters = Filters(top_k, column([p.top_p for p in params]), column([p.min_p for p in params]))
+    if any(request.output_counts is not None for request in requests):
+        penalties = _penalties(requests, vocab_size, device)
+    if any(p.logit_bias for p in params):
+        ids = _padded([list(p.logit_bias) for p in params], 0, device)
+        bias = Bias(ids, _padded([list(p.logit_bias.values()) for p in params], 0.0, device))
+    temperature = column([1.0 if p.greedy else p.temperature for p in params])
+    return SamplingBatch(temperature, filters, penalties, bias, _bans(requests, device))
+
+
+def _penalties(requests: list[Request], vocab_size: int, device: torch.device) -> Penalties:
+    counts = torch.zeros(len(requests), vocab_size, dtype=torch.int32, device=device)
+    prompts = torch.zeros(len(requests), vocab_size, dtype=torch.bool, device=device)
+    for i, request in enumerate(requests):
+        if request.output_counts is not None and request.prompt_tokens is not None:
+            counts[i], prompts[i] = request.output_counts.to(device), request.prompt_tokens.to(device)
+    values = torch.tensor([(r.params.presence_penalty, r.params.frequency_penalty, r.params.repetition_penalty) for r in requests], device=device)
+    return Penalties(values[:, 0], values[:, 1], values[:, 2], counts, prompts)
+
+
+def _bans(requests: list[Request], device: torch.device) -> Bans | None:
+    """A node of depth d precedes output token number num_output + d + 1, which may end the request from min_tokens + 1 on."""
+    until = [request.params.min_tokens - request.num_output for request in requests]
+    if max(until) <= 0:
+        return None
+    ids = _padded([sorted(request.forbidden_until_min_tokens) for request in requests], -1, device)
+    return Bans(ids, torch.tensor(until, device=device))
+
+
+def _padded(rows: list[list], fill: float, device: torch.device) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
+
+
+def batch_noise(requests: list[Request], depths: int, vocab_size: int, device: torch.device) -> Tensor | None:
+    """Gumbel noise float32 [B, depths, V]: row d for the token at position len(token_ids) + d, so that it depends on the
+    request's seed and the token's place alone. Zero for greedy requests; None when all are greedy.
+    """
+    sampled = [i for i, request in enumerate(requests) if not request.params.greedy]
+    if not sampled:
+        return None
+    seeds = torch.tensor([requests[i].seed for i in sampled], device=device)
+    first = torch.tensor([len(requests[i].token_ids) for i in sampled], device=device)
+    positions = first[:, None] + torch.arange(depths, device=device)
+    drawn = gumbel_noise(seeds.repeat_interleave(depths), positions.flatten(), vocab_size).view(len(sampled), depths, vocab_size)
+    if len(sampled) == len(requests):
+        return drawn
+    noise = torch.zeros(len(requests), depths, vocab_size, device=device)
+    noise[sampled] = drawn
+    return noise
+
+
+def greedy_options(batch: int, device: torch.device) -> SamplingBatch:
+    """Options of ``batch`` requests that use none."""
+    return SamplingBatch(torch.ones(batch, device=device), None, None, None, None)

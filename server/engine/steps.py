@@ -1,0 +1,196 @@
+"""The two kinds of forward pass: prompt chunks, and draft -> verify -> commit for every decoding request at once."""
+
+import logging
+import time
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from kernels.kv_commit import kv_commit
+from kernels.tree_attention import TreeLayout
+from kernels.tree_verify import tree_verify
+from server.engine.drafter import Drafter, TreeShape, root_only
+from server.engine.kv_cache import PADDING_BLOCK, BlockPool, PagedTensors
+from server.engine.logprobs import token_logprobs
+from server.engine.request import Request
+from server.engine.sampling import batch_noise, batch_options, greedy_options
+from server.engine.target import Target
+from server.engine.types import RequestOutput, StepStats, TokenLogprob, Tree, Verdict
+
+logger = logging.getLogger(__name__)
+MAX_PENDING = 256  # feature rows per request that may wait for the draft cache while speculation is off
+
+
+class Steps:
+    """The device side of the engine. ``sigma``: drafting temperature by request temperature, piecewise linear."""
+
+    def __init__(self, target: Target, drafter: Drafter | None, pool: BlockPool, cache: PagedTensors, sigma: tuple[tuple[float, float], ...]) -> None:
+        self.target, self.drafter, self.pool, self.cache, self.sigma = target, drafter, pool, cache, sigma
+        self.device = target.device
+
+    def prefill(self, requests: list[Request], width: int, stats: StepStats) -> list[RequestOutput]:
+        """Compute one prompt chunk of at most ``width`` tokens each; a request whose prompt is complete gets its first token."""
+        chunks = [request.token_ids[request.context_len : min(request.prompt_len, request.context_len + width)] for request in requests]
+        tokens, layout = self._chunk([request.row for request in requests], [request.context_len for request in requests], chunks)
+        last_rows = torch.tensor([i * tokens.shape[1] + len(chunk) - 1 for i, chunk in enumerate(chunks)], device=self.device)
+        every_row = any(request.params.prompt_logprobs is not None for request in requests)
+        logits, features = self.target.forward(tokens, layout, self.cache, None if every_row else last_rows)
+        for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
+            if request.params.prompt_logprobs is not None:
+                following = request.token_ids[request.context_len + 1 : request.context_len + len(chunk) + 1]
+                rows = logits[i * tokens.shape[1] :][: len(following)]
+                request.prompt_logprobs += token_logprobs(rows, following, request.params.prompt_logprobs)
+            if features is not None:
+                request.pending.append(features[i, : len(chunk)])
+            request.context_len += len(chunk)
+            stats.prompt_tokens += len(chunk)
+        complete = [i for i, request in enumerate(requests) if not request.prefilling]
+        if not complete:
+            return []
+        done = [requests[i] for i in complete]
+        last = (logits[last_rows] if every_row else logits)[complete, None]
+        verdict, healthy = self._verify(done, root_only(self._roots(done)), 0, last, batch_noise(done, 1, self.target.vocab_size, self.device))
+        return self._commit(done, verdict, healthy, last, stats)
+
+    def decode(self, requests: list[Request], shape: TreeShape, stats: StepStats) -> list[RequestOutput]:
+        """One verification of every request: grow trees, run the target over all nodes, keep what it would have generated."""
+        noise = batch_noise(requests, shape.depth + 1, self.target.vocab_size, self.device)
+        tree = self._propose(requests, shape, noise)
+        context_lens, max_context = self._context(requests)
+        tables = self.pool.tables[self._rows(requests)]
+        layout = TreeLayout(tables, context_lens, tree.depth, tree.ancestors, None, self.pool.block_size, max_context)
+        logits, features = self.target.forward(tree.tokens.clamp(min=0), layout, self.cache)
+        logits = logits.unflatten(0, tree.tokens.shape)
+        verdict, healthy = self._verify(requests, tree, shape.depth, logits, noise)
+        if tree.tokens.shape[1] > 1:
+            kv_commit(self.cache.k, self.cache.v, tables, context_lens, verdict.path)
+            for request, accepted in zip(requests, verdict.num_accepted.tolist(), strict=True):
+                request.speculation.record(tree.tokens.shape[1] - 1, accepted, shape.depth)
+                stats.drafts.append((tree.tokens.shape[1] - 1, accepted))
+        if features is not None:
+            self._remember(requests, features, verdict)
+        return self._commit(requests, verdict, healthy, logits, stats)
+
+    def sync_draft(self, requests: list[Request]) -> None:
+        """Bring the draft cache up to the committed tokens, with the target's true features."""
+        behind = [request for request in requests if request.pending]
+        if self.drafter is None or not behind:
+            return
+        features = [request.pending[0] if len(request.pending) == 1 else torch.cat(request.pending) for request in behind]
+        following = [r.token_ids[r.draft_len + 1 : r.draft_len + 1 + len(f)] for r, f in zip(behind, features, strict=True)]
+        tokens, layout = self._chunk([request.row for request in behind], [request.draft_len for request in behind], following)
+        counts = torch.tensor(list(map(len, features)), device=self.device)
+        self.drafter.extend(self._rows(behind), pad_sequence(features, batch_first=True), tokens, counts, layout)
+        for request, rows in zip(behind, features, strict=True):
+            request.draft_len += len(rows)
+            request.pending.clear()
+
+    def _propose(self, requests: list[Request], shape: TreeShape, noise: Tensor | None) -> Tree:
+        """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
+        roots = self._roots(requests)
+        if self.drafter is None or shape.nodes == 1:
+            return root_only(roots)
+        try:
+            self.sync_draft(requests)
+            context_lens, max_context = self._context(requests)
+            sigma = torch.tensor([self._sigma(request.params.temperature) for request in requests], device=self.device)
+            rows = self._rows(requests)
+            options = batch_options(requests, self.target.vocab_size, self.device)
+            return self.drafter.grow(rows, roots, self.pool.tables[rows], context_lens, max_context, shape, options, noise, sigma)
+        except Exception:
+            logger.exception("drafting failed; this step decodes plainly")
+            return root_only(roots)
+
+    def _sigma(self, temperature: float) -> float:
+        points = self.sigma
+        if temperature <= points[0][0]:
+            return points[0][1]
+        for (t0, s0), (t1, s1) in zip(points, points[1:], strict=False):
+            if temperature <= t1:
+                return s0 + (s1 - s0) * (temperature - t0) / (t1 - t0)
+        return points[-1][1]
+
+    def _verify(self, requests: list[Request], tree: Tree, max_depth: int, logits: Tensor, noise: Tensor | None) -> tuple[Verdict, Tensor]:
+        """The verdict, and which requests' logits are free of NaN, bool [B]."""
+        options = batch_options(requests, self.target.vocab_size, self.device)
+        path, num_accepted, tokens = tree_verify(logits, options, noise, *tree, max_depth)
+        return Verdict(path, num_accepted, tokens), ~logits.flatten(1).isnan().any(1)
+
+    def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:
+        """Keep the features of the accepted nodes for the draft cache."""
+        index = verdict.path.clamp(min=0)[:, :, None].expand(-1, -1, features.shape[2])
+        accepted = features.gather(1, index)
+        for i, (request, count) in enumerate(zip(requests, verdict.num_accepted.tolist(), strict=True)):
+            request.pending.append(accepted[i, : count + 1])
+
+    def _commit(self, requests: list[Request], verdict: Verdict, healthy: Tensor, logits: Tensor, stats: StepStats) -> list[RequestOutput]:
+        """Append the committed tokens to every request; a request that goes wrong here fails alone."""
+        outputs = []
+        tokens = verdict.tokens.tolist()
+        for i, (request, ok) in enumerate(zip(requests, healthy.tolist(), strict=True)):
+            committed = [token for token in tokens[i] if token >= 0]
+            try:
+                if not ok:
+                    raise FloatingPointError("the target's logits are NaN")
+                output = request.commit(committed, _path_logprobs(request, logits[i], verdict.path[i], committed))
+            except Exception as error:
+                logger.exception("request %s failed", request.request_id)
+                output = RequestOutput(request.request_id, finish_reason="error", error=f"generation failed: {type(error).__name__}")
+            request.context_len = len(request.token_ids) - 1
+            stats.generation_tokens += len(output.token_ids)
+            stats.emitted.append(len(output.token_ids))
+            outputs.append(output)
+        return outputs
+
+    def _chunk(self, rows: list[int], starts: list[int], chunks: list[list[int]]) -> tuple[Tensor, TreeLayout]:
+        """Causal rows: padded tokens int64 [B, W] that begin at logical slots ``starts``, and their layout."""
+        width = max(map(len, chunks))
+        tokens = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=self.device)
+        depth = torch.arange(width, device=self.device)
+        live = None
+        if any(len(chunk) < width for chunk in chunks):
+            live = depth < torch.tensor(list(map(len, chunks)), device=self.device)[:, None]
+        tables = self.pool.tables[torch.tensor(rows, device=self.device)]
+        lengths = torch.tensor(starts, device=self.device)
+        return tokens, TreeLayout(tables, lengths, depth.expand(len(chunks), -1), None, live, self.pool.block_size, max(starts))
+
+    def _rows(self, requests: list[Request]) -> Tensor:
+        return torch.tensor([request.row for request in requests], device=self.device)
+
+    def _roots(self, requests: list[Request]) -> Tensor:
+        return torch.tensor([request.token_ids[-1] for request in requests], device=self.device)
+
+    def _context(self, requests: list[Request]) -> tuple[Tensor, int]:
+        lengths = [request.context_len for request in requests]
+        return torch.tensor(lengths, device=self.device), max(lengths)
+
+    @torch.inference_mode()
+    def time_step(self, batch: int, shape: TreeShape, context: int) -> float:
+        """Seconds of the device work of one step for ``batch`` greedy requests that all use the padding block."""
+        roots = torch.zeros(batch, dtype=torch.long, device=self.device)
+        tables = torch.full((batch, self.pool.tables.shape[1]), PADDING_BLOCK, device=self.device)
+        lengths = torch.full_like(roots, context)
+        options = greedy_options(batch, self.device)
+        start = time.perf_counter()
+        tree = root_only(roots)
+        if self.drafter is not None and shape.nodes > 1:
+            width = min(shape.depth, 3)
+            layout = TreeLayout(tables, lengths, torch.arange(width, device=self.device).expand(batch, -1), None, None, self.pool.block_size, context)
+            features = torch.zeros(batch, width, self.drafter.head.fc.in_features, device=self.device)
+            self.drafter.extend(roots, features, roots[:, None].expand(-1, width), torch.full_like(roots, width), layout)
+            tree = self.drafter.grow(roots, roots, tables, lengths, context, shape, options, None, torch.ones(batch, device=self.device))
+        layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, None, self.pool.block_size, context)
+        logits, _ = self.target.forward(tree.tokens.clamp(min=0), layout, self.cache)
+        path, _, committed = tree_verify(logits.unflatten(0, tree.tokens.shape), options, None, *tree, shape.depth)
+        if shape.nodes > 1:
+            kv_commit(self.cache.k, self.cache.v, tables, lengths, path)
+        committed.tolist()
+        return time.perf_counter() - start
+
+
+def _path_logprobs(request: Request, logits: Tensor, path: Tensor, committed: list[int]) -> list[TokenLogprob] | None:
+    """Log-probabilities of the committed tokens under the target's raw distribution; logits [N, V], path int64 [D + 1]."""
+    if request.params.logprobs is None:
+        return None
+    return token_logprobs(logits[path[: len(committed)]], committed, request.params.logprobs)

@@ -1,0 +1,149 @@
+"""Any transformers decoder over the paged cache: one forward pass for all new rows of all requests."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from drafts.eagle3 import feature_layers
+from kernels.tree_attention import TreeLayout, tree_attention
+from kernels.tree_mask import tree_mask
+from server.engine.config import EngineError
+from server.engine.kv_cache import PagedTensors
+
+SUPPORTED = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt_neox", "olmo", "olmo2", "mixtral", "qwen3_moe",
+    "granite", "smollm3", "cohere2", "gpt2", "opt",
+)  # fmt: skip
+"""Model types compared with eager attention on trees, with and without a committed prefix (tests/engine)."""
+
+
+@dataclass
+class ForwardContext:
+    """What our attention needs beside q, k and v; transformers hands it through to every layer."""
+
+    layout: TreeLayout
+    slots: Tensor  # int64 [B * N]
+    cache: PagedTensors
+
+
+def paged_tree_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, tree: ForwardContext | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention signature: query [1, Hq, B * N, D], key and value [1, Hkv, B * N, D] -> [1, B * N, Hq, D]."""
+    assert tree is not None, "this attention runs inside Target.forward only"
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    tree.cache.write(layer, tree.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    rows = query[0].transpose(0, 1).unflatten(0, tree.layout.depth.shape)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = tree_attention(rows, tree.cache.k[layer], tree.cache.v[layer], tree.layout, scale, sliding_window, softcap)
+    return out.flatten(0, 1)[None], None
+
+
+AttentionInterface.register("paged_tree", paged_tree_attention)
+
+
+def refuse_unsupported(config: Any) -> None:
+    """Raise EngineError for what would be silently wrong over a paged tree cache."""
+    layers = set(getattr(config, "layer_types", None) or ())
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope_types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    reasons = {
+        f"layers of type {sorted(layers - {'full_attention', 'sliding_attention'})}": bool(layers - {"full_attention", "sliding_attention"}),
+        "chunked attention": getattr(config, "attention_chunk_size", None) is not None,
+        "multi-head latent attention (MLA)": getattr(config, "kv_lora_rank", None) is not None,
+        "attention sinks": config.model_type == "gpt_oss",
+        "RoPE that depends on the longest sequence of a batch": bool(rope_types & {"dynamic", "longrope"}),
+    }
+    found = [reason for reason, applies in reasons.items() if applies]
+    if found:
+        raise EngineError(f"model type {config.model_type!r} uses {', '.join(found)}, which this engine cannot serve losslessly; supported model types: {', '.join(SUPPORTED)}")
+    if config.model_type not in SUPPORTED:
+        raise EngineError(f"model type {config.model_type!r} is not supported; expected one of {', '.join(SUPPORTED)}")
+
+
+def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The list of decoder layers, whatever the architecture calls it."""
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+
+
+class Target:
+    """A causal LM with its paged cache. ``taps``: collect the low, middle and high hidden states for a draft head."""
+
+    def __init__(self, model: PreTrainedModel, taps: bool) -> None:
+        refuse_unsupported(model.config)
+        # set_attn_implementation writes into the config, which other models may share.
+        model.config = copy.deepcopy(model.config)
+        self.model = model.eval().requires_grad_(False)
+        self.model.set_attn_implementation("paged_tree")
+        config = model.config
+        self.device, self.dtype = model.device, model.dtype
+        self.vocab_size: int = config.vocab_size
+        self.max_positions: int = config.max_position_embeddings
+        self.num_layers: int = config.num_hidden_layers
+        self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self._features: list[Tensor] = []
+        if taps:
+            layers = decoder_layers(model, self.num_layers)
+            for index in feature_layers(self.num_layers):
+                layers[index].register_forward_pre_hook(self._tap, with_kwargs=True)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.kv_heads * self.head_size * self.dtype.itemsize
+
+    def new_cache(self, blocks: int, block_size: int) -> PagedTensors:
+        return PagedTensors(self.num_layers, blocks, block_size, self.kv_heads, self.head_size, self.dtype, self.device)
+
+    def _tap(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._features.append(args[0] if args else kwargs["hidden_states"])
+
+    def forward(self, tokens: Tensor, layout: TreeLayout, cache: PagedTensors, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """One pass over tokens int64 [B, N], whose K and V go to the layout's slots.
+
+        keep: flat row indices int64 [K] whose logits are wanted, None for all. Returns logits [K or B * N, V] and, with taps, the
+        features [B, N, 3 * H].
+        """
+        self._features.clear()
+        context = ForwardContext(layout, layout.slots().flatten(), cache)
+        positions = layout.positions.clamp(max=self.max_positions - 1)  # nodes past the end are never accepted
+        logits = self.model(
+            input_ids=tokens.reshape(1, -1), position_ids=positions.reshape(1, -1), use_cache=False, tree=context,
+            logits_to_keep=0 if keep is None else keep,
+        ).logits[0]  # fmt: skip
+        features = torch.cat(self._features, dim=-1)[0].unflatten(0, tokens.shape) if self._features else None
+        return logits, features
+
+
+@torch.inference_mode()
+def self_check(target: Target, block_size: int) -> None:
+    """Compare prefix + branching tree through our attention with eager attention on every root-to-node path; raise on mismatch."""
+    device, size = target.device, 4
+    generator = torch.Generator().manual_seed(0)
+    prefix, nodes = torch.randint(target.vocab_size, (2 * block_size + 3,), generator=generator), torch.randint(target.vocab_size, (size,), generator=generator)
+    parent = torch.tensor([[0, 0, 0, 1]], device=device)
+    ancestors, depth = tree_mask(parent, 2)
+    table = torch.arange(1, 5, device=device)[None]
+    cache = target.new_cache(5, block_size)
+    length = torch.tensor([len(prefix)], device=device)
+    chunk = TreeLayout(table, torch.zeros_like(length), torch.arange(len(prefix), device=device)[None], None, None, block_size, 0)
+    target.forward(prefix[None].to(device), chunk, cache)
+    tree = TreeLayout(table, length, depth, ancestors, None, block_size, len(prefix))
+    ours, _ = target.forward(nodes[None].to(device), tree, cache)
+    target.model.set_attn_implementation("eager")
+    paths = torch.stack([torch.cat((prefix, nodes[[0, 1, 3]])), torch.cat((prefix, nodes[[0, 2, 2]]))]).to(device)
+    reference = target.model(input_ids=paths, use_cache=False).logits[:, len(prefix) :]
+    target.model.set_attn_implementation("paged_tree")
+    expected = torch.stack([reference[0, 0], reference[0, 1], reference[1, 1], reference[0, 2]])
+    error = ((ours - expected).abs().max() / expected.abs().max()).item()
+    limit = 1e-3 if target.dtype == torch.float32 else 0.1
+    if not error < limit:
+        raise EngineError(
+            f"self-check failed: logits of {target.model.config.model_type!r} over the paged tree cache differ from eager attention by {error:.2g} "
+            f"of the largest logit, expected below {limit}; this model cannot be served losslessly"
+        )
