@@ -143,9 +143,13 @@ class Eagle3Head(nn.Module):
         y = y + self.down_proj(F.silu(gate) * up)
         return self._normed(y) if config.norm_output else y
 
+    def output(self, y: Tensor) -> Tensor:
+        """[..., H], as ``forward`` returns it -> what ``lm_head`` reads, [..., H]."""
+        return y if self.config.norm_output else self._normed(y)
+
     def logits(self, y: Tensor) -> Tensor:
         """[..., H], as ``forward`` returns it -> [..., Vd]."""
-        return self.lm_head(y if self.config.norm_output else self._normed(y))
+        return self.lm_head(self.output(y))
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids in the draft's vocabulary -> ids in the target's, same shape."""

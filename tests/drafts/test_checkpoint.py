@@ -63,7 +63,8 @@ def test_round_trip(tmp_path: Path, options: dict) -> None:
     head = make_head(**options)
     save_head(tmp_path, head, torch.float32)
     loaded = load(tmp_path)
-    assert loaded.config == head.config and loaded.metadata == head.metadata
+    assert loaded.config == head.config
+    assert loaded.metadata == head.metadata
     for (name, a), (_, b) in zip(head.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -76,8 +77,12 @@ def test_published_layout(saved: Path) -> None:
     raw = json.loads((saved / "config.json").read_text())
     assert tensors.keys() == NAMES
     assert tensors["midlayer.self_attn.k_proj.weight"].shape == (16, 64)
-    assert raw["architectures"] == ["LlamaForCausalLMEagle3"] and raw["draft_vocab_size"] == 50 and raw["num_hidden_layers"] == 1
-    assert raw["rope_theta"] == 10000.0 and raw["rope_scaling"] is None and raw["rope_parameters"]["rope_theta"] == 10000.0
+    assert raw["architectures"] == ["LlamaForCausalLMEagle3"]
+    assert raw["draft_vocab_size"] == 50
+    assert raw["num_hidden_layers"] == 1
+    assert raw["rope_theta"] == 10000.0
+    assert raw["rope_scaling"] is None
+    assert raw["rope_parameters"]["rope_theta"] == 10000.0
     assert "eagle_aux_hidden_state_layer_ids" not in json.dumps(raw)
 
 
@@ -85,7 +90,8 @@ def test_reduced_vocabulary_layout(tmp_path: Path) -> None:
     save_head(tmp_path, make_head(draft_vocab_size=20))
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors.keys() == NAMES | {"d2t", "t2d"}
-    assert tensors["d2t"].dtype == torch.int64 and tensors["lm_head.weight"].dtype == torch.bfloat16
+    assert tensors["d2t"].dtype == torch.int64
+    assert tensors["lm_head.weight"].dtype == torch.bfloat16
     assert tensors["t2d"].nonzero().flatten().tolist() == list(range(0, 40, 2))
 
 
@@ -99,7 +105,8 @@ def test_either_rope_spelling(saved: Path, spelling: dict) -> None:
     assert loaded.config.rope_parameters == {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
     save_head(saved, loaded)
     raw = json.loads((saved / "config.json").read_text())
-    assert raw["rope_theta"] == 500.0 and raw["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
+    assert raw["rope_theta"] == 500.0
+    assert raw["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
 
 
 def test_context_reaches_the_targets(saved: Path) -> None:
@@ -143,24 +150,24 @@ def test_hashes_that_differ(saved: Path) -> None:
     deeper = LlamaConfig(**(TARGET.to_dict() | {"num_hidden_layers": 12}))
     with pytest.raises(DraftError, match=f"target hash {target_hash(TARGET)}, but the target has {target_hash(deeper)}"):
         load(saved, target=deeper)
-    with pytest.raises(DraftError, match="tokenizer hash tokens, but the target has others"):
+    with pytest.raises(DraftError, match=r"tokenizer hash tokens, but the target has others"):
         load(saved, tokenizer_hash="others")
 
 
 def test_tensors_that_do_not_fit(saved: Path) -> None:
     edit_tensors(saved, remove=("lm_head.weight", "fc.weight"))
-    with pytest.raises(DraftError, match="lacks fc.weight, lm_head.weight"):
+    with pytest.raises(DraftError, match=r"lacks fc.weight, lm_head.weight"):
         load(saved)
     edit_tensors(saved, fc__weight=torch.zeros(32, 97), lm_head__weight=torch.zeros(50, 32))
     with pytest.raises(DraftError, match=r"fc.weight .* shape \[32, 97\], expected \[32, 96\]"):
         load(saved)
     edit_tensors(saved, fc_norm__0=torch.zeros(32))
-    with pytest.raises(DraftError, match="unexpected tensors fc_norm.0"):
+    with pytest.raises(DraftError, match=r"unexpected tensors fc_norm.0"):
         load(saved)
 
 
 def test_an_embedding_of_another_width(saved: Path) -> None:
-    with pytest.raises(DraftError, match="no embed_tokens.weight and hidden size 32, but the target has 64"):
+    with pytest.raises(DraftError, match=r"no embed_tokens.weight and hidden size 32, but the target has 64"):
         load(saved, embedding=torch.randn(50, 64))
 
 
@@ -172,26 +179,26 @@ def test_a_mapping_out_of_range(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged_files(saved: Path) -> None:
-    with pytest.raises(DraftError, match="nowhere is not a directory"):
+    with pytest.raises(DraftError, match=r"nowhere is not a directory"):
         load(saved / "nowhere")
     weights = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(weights[: len(weights) // 2])
     with pytest.raises(DraftError, match=f"{len(weights) // 2} bytes. is truncated or not safetensors"):
         load(saved)
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    with pytest.raises(DraftError, match="pytorch_model.bin.*convert it to safetensors"):
+    with pytest.raises(DraftError, match=r"pytorch_model.bin.*convert it to safetensors"):
         load(saved)
     (saved / "pytorch_model.bin").unlink()
-    with pytest.raises(DraftError, match="has no model.safetensors"):
+    with pytest.raises(DraftError, match=r"has no model.safetensors"):
         load(saved)
     (saved / "config.json").write_text("[]")
-    with pytest.raises(DraftError, match="holds a list"):
+    with pytest.raises(DraftError, match=r"holds a list"):
         load(saved)
     (saved / "config.json").write_text("{")
-    with pytest.raises(DraftError, match="is not JSON"):
+    with pytest.raises(DraftError, match=r"is not JSON"):
         load(saved)
     (saved / "config.json").unlink()
-    with pytest.raises(DraftError, match="has no config.json"):
+    with pytest.raises(DraftError, match=r"has no config.json"):
         load(saved)
 
 

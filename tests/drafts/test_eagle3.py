@@ -78,7 +78,8 @@ def test_any_leading_shape_and_dtype(shape: tuple[int, ...]) -> None:
     head.share_embedding(torch.randn(50, 32, dtype=torch.bfloat16))
     tokens = torch.randint(50, shape)
     y = head(head.embed(tokens), torch.randn(*shape, 32, dtype=torch.bfloat16), torch.full(shape, 3), lambda q, k, v: q)
-    assert y.shape == (*shape, 32) and y.dtype == torch.bfloat16
+    assert y.shape == (*shape, 32)
+    assert y.dtype == torch.bfloat16
     assert head.logits(y).shape == (*shape, 50)
 
 

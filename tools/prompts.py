@@ -1,0 +1,66 @@
+"""Prompt files: JSON lines with ``turns``, ``messages`` or ``prompt``."""
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+class PromptError(ValueError):
+    """A prompt file cannot be used: one sentence with the line and what was expected."""
+
+
+def read_prompts(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, limit: int | None = None, all_turns: bool = False
+) -> list[list[int]]:
+    """Token ids of the first ``limit`` prompts of ``path``.
+
+    ``turns`` gives its first turn, or every turn as a prompt of its own with ``all_turns``; turns and ``messages`` go through the chat
+    template with the generation prompt where the tokenizer has one, and are joined by newlines where it has none. ``prompt`` is
+    taken as it is.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise PromptError(f"There is no prompt file at {path}: expected JSON lines with 'turns', 'messages' or 'prompt'.")
+    prompts = list(islice(_prompts(path, tokenizer, all_turns), limit))
+    if not prompts:
+        raise PromptError(f"The prompt file {path} is empty: expected JSON lines with 'turns', 'messages' or 'prompt'.")
+    return prompts
+
+
+def _prompts(path: Path, tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> Iterator[list[int]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield from _encode(json.loads(line), tokenizer, all_turns)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise PromptError(
+                    f"Line {number} of {path} is no prompt ({error}): expected a JSON object with 'turns' (list of strings), "
+                    "'messages' (list of role and content) or 'prompt' (string)."
+                ) from None
+
+
+def _encode(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> Iterator[list[int]]:
+    if isinstance(record.get("prompt"), str):
+        yield tokenizer(record["prompt"]).input_ids
+    elif record.get("messages"):
+        yield _encode_chat(record["messages"], tokenizer)
+    elif record.get("turns"):
+        for turn in record["turns"] if all_turns else record["turns"][:1]:
+            if not isinstance(turn, str):
+                raise TypeError(f"a turn is a {type(turn).__name__}")
+            yield _encode_chat([{"role": "user", "content": turn}], tokenizer)
+    else:
+        raise KeyError(f"keys {', '.join(record)}")
+
+
+def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.chat_template is None:
+        return tokenizer("\n".join(message["content"] for message in messages)).input_ids
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(text, add_special_tokens=False).input_ids

@@ -1,0 +1,71 @@
+"""The frozen target as a teacher: features for the head, distributions for the loss."""
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from drafts.eagle3 import Eagle3Config, Eagle3Head, feature_layers
+from tools.train_vsd.data import Batch
+
+HEAD_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+class Teacher:
+    """``model`` runs without gradients, on its own device and in its own dtype."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.layers = feature_layers(model.config.get_text_config().num_hidden_layers)
+
+    @classmethod
+    def load(cls, path: str, device: torch.device, dtype: torch.dtype) -> "Teacher":
+        """The transformers model at ``path``, a local directory or a hub id."""
+        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device))
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, draft_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Features float32 [B, T, 3 * H_t], and float32 [chains, Vd]: the target's distribution after the token that each chain's
+        step 0 is compared at. ``draft_ids`` [Vd]: the target ids of a reduced draft vocabulary, over which the distribution is
+        renormalised."""
+        length, start = batch.tokens.shape[1], int(batch.first.min()) + 1
+        output = self.model(batch.tokens, output_hidden_states=True, use_cache=False, logits_to_keep=length - start)
+        features = torch.cat([output.hidden_states[i] for i in self.layers], dim=-1)
+        ahead = torch.arange(int(batch.chains.max()), device=batch.tokens.device)
+        row, column = (ahead < batch.chains[:, None]).nonzero(as_tuple=True)
+        logits = output.logits[row, batch.first[row] + 1 + column - start].float()
+        return features.float(), (logits if draft_ids is None else logits[:, draft_ids]).softmax(-1)
+
+
+def new_head(model: PreTrainedModel) -> Eagle3Head:
+    """A fresh float32 head of one target layer's shape, full vocabulary.
+
+    It starts from the target where the two share a space: the output matrix and norm are the target's, and ``fc`` passes the high
+    feature through, so that the head begins by refining the target's own late residual stream.
+    """
+    target = model.config.get_text_config()
+    rope = getattr(target, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in HEAD_ROPE_TYPES:
+        rope = {"rope_type": "default", "rope_theta": float(rope.get("rope_theta") or 10000.0)}
+    head = Eagle3Head(Eagle3Config(
+        hidden_size=target.hidden_size,
+        intermediate_size=target.intermediate_size,
+        num_attention_heads=target.num_attention_heads,
+        num_key_value_heads=getattr(target, "num_key_value_heads", None) or target.num_attention_heads,
+        head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
+        vocab_size=target.vocab_size,
+        draft_vocab_size=target.vocab_size,
+        target_hidden_size=target.hidden_size,
+        max_position_embeddings=target.max_position_embeddings,
+        rms_norm_eps=getattr(target, "rms_norm_eps", 1e-6),
+        rope_parameters=dict(rope),
+    )).to(model.device)  # fmt: skip
+    with torch.no_grad():
+        for projection in (head.qkv_proj, head.gate_up_proj, head.o_proj, head.down_proj, head.fc):
+            torch.nn.init.normal_(projection.weight, std=0.02)
+        head.fc.weight[:, -target.hidden_size :] += torch.eye(target.hidden_size, device=model.device)
+        head.lm_head.weight.copy_(model.get_output_embeddings().weight)
+        norm = getattr(model.base_model, "norm", None)
+        if norm is not None and getattr(norm, "weight", None) is not None and norm.weight.shape == head.norm.shape:
+            head.norm.copy_(norm.weight)
+    head.share_embedding(model.get_input_embeddings().weight.float())
+    return head
