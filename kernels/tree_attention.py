@@ -25,7 +25,7 @@ class TreeLayout:
     block_size: int
     max_context: int  # >= context_lens.max(), known on the host so that nothing waits for the device
     first_column: int = 0  # new rows start so many slots after the context; before them lie earlier rows of the same tree (drafting)
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     @property
     def positions(self) -> Tensor:
@@ -42,11 +42,12 @@ class TreeLayout:
         """Blocks per request that hold any visible column."""
         return -(-(self.max_context + self.first_column + self.depth.shape[1]) // self.block_size)
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, N, L] over the columns of the first ``num_blocks`` blocks, built once for all layers of a kind."""
-        if window not in self._masks:
-            self._masks[window] = torch.zeros((), dtype=dtype, device=self.depth.device).where(self._visible(window), float("-inf"))
-        return self._masks[window]
+    def mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        """Additive mask [B, 1, group * N, L] over the columns of the first ``num_blocks`` blocks, built once for all layers of a kind."""
+        if (window, group) not in self._masks:
+            mask = torch.zeros((), dtype=dtype, device=self.depth.device).where(self._visible(window), float("-inf"))
+            self._masks[window, group] = mask[:, None].repeat(1, 1, group, 1)
+        return self._masks[window, group]
 
     def _visible(self, window: int | None) -> Tensor:
         columns = torch.arange(self.num_blocks() * self.block_size, device=self.depth.device)
@@ -87,13 +88,14 @@ def tree_attention(
     """
     batch, rows, heads, size = q.shape
     kv_heads = k_cache.shape[2]
-    blocks = layout.block_tables[:, : layout.num_blocks()]
-    keys = k_cache[blocks].view(batch, -1, kv_heads, size).transpose(1, 2)  # [B, Hkv, L, D]
-    values = v_cache[blocks].view(batch, -1, kv_heads, size).transpose(1, 2)
+    blocks = layout.block_tables[:, : layout.num_blocks()].flatten()
+    # Whole blocks as flat rows: the copy is one memcpy per block.
+    keys = k_cache.flatten(1).index_select(0, blocks).view(batch, -1, kv_heads, size).transpose(1, 2)  # [B, Hkv, L, D]
+    values = v_cache.flatten(1).index_select(0, blocks).view(batch, -1, kv_heads, size).transpose(1, 2)
     # Heads that share a KV head become rows of it: K and V are never repeated.
     group = heads // kv_heads
     queries = q.view(batch, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * rows, size)
-    mask = layout.mask(sliding_window, q.dtype)[:, None].repeat(1, 1, group, 1)
+    mask = layout.mask(sliding_window, group, q.dtype)
     if softcap is None:
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     else:

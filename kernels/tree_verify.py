@@ -19,7 +19,9 @@ def select_tokens(logits: Tensor, options: SamplingBatch, noise: Tensor | None, 
     return scores.argmax(-1)
 
 
-def accept(target: Tensor, tokens: Tensor, parent: Tensor, depth: Tensor, ancestors: Tensor, max_depth: int) -> tuple[Tensor, Tensor, Tensor]:
+def accept(
+    target: Tensor, tokens: Tensor, parent: Tensor, depth: Tensor, ancestors: Tensor, max_depth: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The deepest node all of whose path the target would have generated itself.
 
     target int64 [B, N]: the target's token after every node. A node is right when it equals the target's token after its parent,
@@ -41,7 +43,14 @@ def accept(target: Tensor, tokens: Tensor, parent: Tensor, depth: Tensor, ancest
 
 
 def tree_verify(
-    logits: Tensor, options: SamplingBatch, noise: Tensor | None, tokens: Tensor, parent: Tensor, depth: Tensor, ancestors: Tensor, max_depth: int
+    logits: Tensor,
+    options: SamplingBatch,
+    noise: Tensor | None,
+    tokens: Tensor,
+    parent: Tensor,
+    depth: Tensor,
+    ancestors: Tensor,
+    max_depth: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``select_tokens`` and ``accept`` in one: path, number of accepted nodes, committed tokens. Arguments as there."""
     target = select_tokens(logits, options, noise, tokens, depth, ancestors)

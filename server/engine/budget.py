@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+from tqdm import tqdm
+
 from server.engine.drafter import TreeShape
 
 MIN_GAIN = 1.05  # predicted speed-up below which a step decodes plainly: the prediction is not better than that
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
+MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 _MEMORY = 0.98  # of the running acceptance estimate, per step
 
 
@@ -59,22 +62,27 @@ def default_acceptance(nodes: int) -> dict[int, float]:
     return {n: 1 + _UNKNOWN_GAIN_PER_DOUBLING * math.log2(n) for n in powers_of_two(nodes)}
 
 
-def measure_costs(run: Callable[[int, TreeShape], float], shape: TreeShape, max_batch: int, repeats: int = 3) -> dict[tuple[int, int], float]:
+def measure_costs(run: Callable[[int, TreeShape], float], shape: TreeShape, max_batch: int) -> dict[tuple[int, int], float]:
     """Time whole steps at every batch and tree size (powers of two); ``run(batch, shape)`` does one and returns its seconds.
 
-    Larger trees at a batch size are skipped, and count as never worth it, once a tree costs more than its nodes could ever commit.
+    A tree that costs more than its nodes could ever commit is never worth it, nor is a larger one, nor the same one at a larger
+    batch: those are not run and count as infinite. Nor are trees run once MEASURING_SECONDS are spent.
     """
     seconds: dict[tuple[int, int], float] = {}
-    for batch in powers_of_two(max_batch):
-        hopeless = False
+    hopeless, spent = shape.nodes + 1, 0.0
+    for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
         for nodes in powers_of_two(shape.nodes):
-            smaller = shape.shrunk(nodes)
-            if hopeless:
+            if nodes > 1 and (nodes >= hopeless or spent > MEASURING_SECONDS):
                 seconds[batch, nodes] = math.inf
                 continue
-            run(batch, smaller)
-            seconds[batch, nodes] = min(run(batch, smaller) for _ in range(repeats))
-            hopeless = nodes > 1 and seconds[batch, nodes] > (smaller.depth + 1) * seconds[batch, 1]
+            smaller = shape.shrunk(nodes)
+            times = [run(batch, smaller)]
+            while len(times) < 5 and sum(times) < 0.5:
+                times.append(run(batch, smaller))
+            spent += sum(times)
+            seconds[batch, nodes] = min(times)
+            if nodes > 1 and seconds[batch, nodes] > (smaller.depth + 1) * seconds[batch, 1]:
+                hopeless = nodes
     return seconds
 
 

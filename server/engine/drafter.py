@@ -111,11 +111,20 @@ class Drafter:
         own = torch.ones_like(level.tokens) << (first + torch.arange(topk, device=level.tokens.device))
         ancestors = level.ancestors | own
         layout = TreeLayout(
-            block_tables, context_lens, torch.full_like(level.tokens, depth - 1), ancestors, None, self.block_size, max_context, first_column=first
+            block_tables,
+            context_lens,
+            torch.full_like(level.tokens, depth - 1),
+            ancestors,
+            None,
+            self.block_size,
+            max_context,
+            first_column=first,
         )
         return self._forward(level.tokens, level.hidden, layout), ancestors
 
-    def _children(self, y: Tensor, noise: Tensor | None, depth: int, topk: int, options: SamplingBatch, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    def _children(
+        self, y: Tensor, noise: Tensor | None, depth: int, topk: int, options: SamplingBatch, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The ``topk`` most likely survivors after each row: log-scores float32 and target ids int64, both [B, R, topk]."""
         logits = self.head.logits(y).float() / options.temperature[:, None, None]
         if options.filters is not None:

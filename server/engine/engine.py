@@ -16,7 +16,7 @@ from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import load
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler
-from server.engine.steps import MAX_PENDING, Steps
+from server.engine.steps import Steps
 from server.engine.target import Target
 from server.engine.types import RequestOutput, SamplingParams, StepStats
 
@@ -36,8 +36,12 @@ class Engine:
         self.max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
         self.shape = TreeShape(config.tree_nodes, config.tree_depth, config.tree_topk) if head else TreeShape(1, 1, 1)
         max_slots = self.max_model_len + self.shape.lookahead
-        bytes_per_token = target.kv_bytes_per_token + (head.config.num_key_value_heads * head.config.head_dim * 2 * target.dtype.itemsize if head else 0)
-        blocks = choose_num_blocks(bytes_per_token, config.block_size, config.max_num_seqs * max_slots, config.kv_cache_memory, target.device)
+        bytes_per_token = target.kv_bytes_per_token + (
+            head.config.num_key_value_heads * head.config.head_dim * 2 * target.dtype.itemsize if head else 0
+        )
+        blocks = choose_num_blocks(
+            bytes_per_token, config.block_size, config.max_num_seqs * max_slots, config.kv_cache_memory, target.device
+        )
         self.pool = BlockPool(blocks, config.block_size, config.max_num_seqs, max_slots, target.device)
         self.scheduler = Scheduler(self.pool, self.shape.lookahead)
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
@@ -84,7 +88,8 @@ class Engine:
         total = len(prompt_token_ids) + params.max_tokens
         if total > self.max_request_tokens:
             raise EngineError(
-                f"{len(prompt_token_ids)} prompt tokens and max_tokens {params.max_tokens} make {total} tokens; a request can hold {self.max_request_tokens}"
+                f"{len(prompt_token_ids)} prompt tokens and max_tokens {params.max_tokens} make {total} tokens; "
+                f"a request can hold {self.max_request_tokens}"
             )
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
         tokenizer = self.tokenizer.backend_tokenizer
@@ -110,7 +115,7 @@ class Engine:
         outputs += self._guarded(lambda requests, stats: self.steps.decode(requests, shape, stats), decoding, stats)
         if self.load_rule and decoding:
             self.load_rule.observe(shape.nodes, [accepted for _, accepted in stats.drafts] or [0])
-        self._catch_up_draft()
+        self.steps.bound_pending(self.scheduler.decoding())
         stats.seconds = time.monotonic() - start
         stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
         return outputs, stats
@@ -150,14 +155,8 @@ class Engine:
         if self.steps.drafter:
             self.steps.drafter.cache.clear(blocks)
 
-    def _catch_up_draft(self) -> None:
-        """While speculation is off, features wait; many rows at once cost little, and memory stays bounded."""
-        late = [r for r in self.scheduler.running if not r.prefilling and sum(map(len, r.pending)) > MAX_PENDING] if self.load_rule else []
-        self.steps.sync_draft(late)
-
     def _measure(self, head: Eagle3Head, max_batch: int) -> LoadRule:
         """Time whole steps at start-up: the table that decides how many nodes a load can afford."""
-        logger.info("measuring step costs")
         context = min(128, self.max_model_len)
         seconds = measure_costs(lambda batch, shape: self.steps.time_step(batch, shape, context), self.shape, max_batch)
         known = head.metadata.acceptance_length if head.metadata else {}

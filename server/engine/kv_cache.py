@@ -11,7 +11,9 @@ PADDING_BLOCK = 0  # takes the K and V of padding rows; never given to a request
 class PagedTensors:
     """K and V of some layers, [layers, blocks, block, kv heads, head size] each."""
 
-    def __init__(self, layers: int, blocks: int, block_size: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, layers: int, blocks: int, block_size: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         shape = (layers, blocks, block_size, kv_heads, head_size)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
@@ -66,7 +68,7 @@ class BlockPool:
 
 
 def choose_num_blocks(bytes_per_token: int, block_size: int, wanted_tokens: int, memory: int | None, device: torch.device) -> int:
-    """Blocks in the pool: what ``memory`` bytes hold; None: what ``wanted_tokens`` need, at most 4 GiB on CPU and 80 % of the free memory on CUDA."""
+    """Blocks in the pool: what ``memory`` bytes hold. None: what ``wanted_tokens`` need, at most 4 GiB on CPU, 80 % of what is free on CUDA."""
     per_block = bytes_per_token * block_size
     if memory is None:
         limit = int(0.8 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 4 << 30

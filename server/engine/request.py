@@ -38,7 +38,14 @@ class Request:
 
     @classmethod
     def create(
-        cls, request_id: str, prompt: list[int], params: SamplingParams, seed: int, eos: frozenset[int], tokenizer: Tokenizer, vocab_size: int
+        cls,
+        request_id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        seed: int,
+        eos: frozenset[int],
+        tokenizer: Tokenizer,
+        vocab_size: int,
     ) -> "Request":
         detokenizer = Detokenizer(tokenizer, prompt, params.stop, params.include_stop_str_in_output)
         request = cls(request_id, len(prompt), list(prompt), params, seed, eos, detokenizer)

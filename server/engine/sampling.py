@@ -34,7 +34,9 @@ def _penalties(requests: list[Request], vocab_size: int, device: torch.device) -
     for i, request in enumerate(requests):
         if request.output_counts is not None and request.prompt_tokens is not None:
             counts[i], prompts[i] = request.output_counts.to(device), request.prompt_tokens.to(device)
-    values = torch.tensor([(r.params.presence_penalty, r.params.frequency_penalty, r.params.repetition_penalty) for r in requests], device=device)
+    values = torch.tensor(
+        [(r.params.presence_penalty, r.params.frequency_penalty, r.params.repetition_penalty) for r in requests], device=device
+    )
     return Penalties(values[:, 0], values[:, 1], values[:, 2], counts, prompts)
 
 

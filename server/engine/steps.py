@@ -2,6 +2,7 @@
 
 import logging
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,13 +20,15 @@ from server.engine.target import Target
 from server.engine.types import RequestOutput, StepStats, TokenLogprob, Tree, Verdict
 
 logger = logging.getLogger(__name__)
-MAX_PENDING = 256  # feature rows per request that may wait for the draft cache while speculation is off
+MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off
 
 
 class Steps:
     """The device side of the engine. ``sigma``: drafting temperature by request temperature, piecewise linear."""
 
-    def __init__(self, target: Target, drafter: Drafter | None, pool: BlockPool, cache: PagedTensors, sigma: tuple[tuple[float, float], ...]) -> None:
+    def __init__(
+        self, target: Target, drafter: Drafter | None, pool: BlockPool, cache: PagedTensors, sigma: tuple[tuple[float, float], ...]
+    ) -> None:
         self.target, self.drafter, self.pool, self.cache, self.sigma = target, drafter, pool, cache, sigma
         self.device = target.device
 
@@ -50,7 +53,9 @@ class Steps:
             return []
         done = [requests[i] for i in complete]
         last = (logits[last_rows] if every_row else logits)[complete, None]
-        verdict, healthy = self._verify(done, root_only(self._roots(done)), 0, last, batch_noise(done, 1, self.target.vocab_size, self.device))
+        verdict, healthy = self._verify(
+            done, root_only(self._roots(done)), 0, last, batch_noise(done, 1, self.target.vocab_size, self.device)
+        )
         return self._commit(done, verdict, healthy, last, stats)
 
     def decode(self, requests: list[Request], shape: TreeShape, stats: StepStats) -> list[RequestOutput]:
@@ -86,6 +91,10 @@ class Steps:
             request.draft_len += len(rows)
             request.pending.clear()
 
+    def bound_pending(self, requests: list[Request]) -> None:
+        """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""
+        self.sync_draft([r for r in requests if sum(map(Tensor.nelement, r.pending)) * self.target.dtype.itemsize > MAX_PENDING_BYTES])
+
     def _propose(self, requests: list[Request], shape: TreeShape, noise: Tensor | None) -> Tree:
         """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
         roots = self._roots(requests)
@@ -106,7 +115,7 @@ class Steps:
         points = self.sigma
         if temperature <= points[0][0]:
             return points[0][1]
-        for (t0, s0), (t1, s1) in zip(points, points[1:], strict=False):
+        for (t0, s0), (t1, s1) in pairwise(points):
             if temperature <= t1:
                 return s0 + (s1 - s0) * (temperature - t0) / (t1 - t0)
         return points[-1][1]
@@ -176,7 +185,9 @@ class Steps:
         tree = root_only(roots)
         if self.drafter is not None and shape.nodes > 1:
             width = min(shape.depth, 3)
-            layout = TreeLayout(tables, lengths, torch.arange(width, device=self.device).expand(batch, -1), None, None, self.pool.block_size, context)
+            layout = TreeLayout(
+                tables, lengths, torch.arange(width, device=self.device).expand(batch, -1), None, None, self.pool.block_size, context
+            )
             features = torch.zeros(batch, width, self.drafter.head.fc.in_features, device=self.device)
             self.drafter.extend(roots, features, roots[:, None].expand(-1, width), torch.full_like(roots, width), layout)
             tree = self.drafter.grow(roots, roots, tables, lengths, context, shape, options, None, torch.ones(batch, device=self.device))

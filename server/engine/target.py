@@ -53,7 +53,9 @@ def refuse_unsupported(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     rope_types = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
     reasons = {
-        f"layers of type {sorted(layers - {'full_attention', 'sliding_attention'})}": bool(layers - {"full_attention", "sliding_attention"}),
+        f"layers of type {sorted(layers - {'full_attention', 'sliding_attention'})}": bool(
+            layers - {"full_attention", "sliding_attention"}
+        ),
         "chunked attention": getattr(config, "attention_chunk_size", None) is not None,
         "multi-head latent attention (MLA)": getattr(config, "kv_lora_rank", None) is not None,
         "attention sinks": config.model_type == "gpt_oss",
@@ -61,7 +63,10 @@ def refuse_unsupported(config: Any) -> None:
     }
     found = [reason for reason, applies in reasons.items() if applies]
     if found:
-        raise EngineError(f"model type {config.model_type!r} uses {', '.join(found)}, which this engine cannot serve losslessly; supported model types: {', '.join(SUPPORTED)}")
+        raise EngineError(
+            f"model type {config.model_type!r} uses {', '.join(found)}, which this engine cannot serve losslessly; "
+            f"supported model types: {', '.join(SUPPORTED)}"
+        )
     if config.model_type not in SUPPORTED:
         raise EngineError(f"model type {config.model_type!r} is not supported; expected one of {', '.join(SUPPORTED)}")
 
@@ -125,7 +130,10 @@ def self_check(target: Target, block_size: int) -> None:
     """Compare prefix + branching tree through our attention with eager attention on every root-to-node path; raise on mismatch."""
     device, size = target.device, 4
     generator = torch.Generator().manual_seed(0)
-    prefix, nodes = torch.randint(target.vocab_size, (2 * block_size + 3,), generator=generator), torch.randint(target.vocab_size, (size,), generator=generator)
+    prefix, nodes = (
+        torch.randint(target.vocab_size, (2 * block_size + 3,), generator=generator),
+        torch.randint(target.vocab_size, (size,), generator=generator),
+    )
     parent = torch.tensor([[0, 0, 0, 1]], device=device)
     ancestors, depth = tree_mask(parent, 2)
     table = torch.arange(1, 5, device=device)[None]
@@ -144,6 +152,6 @@ def self_check(target: Target, block_size: int) -> None:
     limit = 1e-3 if target.dtype == torch.float32 else 0.1
     if not error < limit:
         raise EngineError(
-            f"self-check failed: logits of {target.model.config.model_type!r} over the paged tree cache differ from eager attention by {error:.2g} "
-            f"of the largest logit, expected below {limit}; this model cannot be served losslessly"
+            f"self-check failed: logits of {target.model.config.model_type!r} over the paged tree cache differ from eager attention "
+            f"by {error:.2g} of the largest logit, expected below {limit}; this model cannot be served losslessly"
         )

@@ -20,7 +20,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with the *.jsonl.gz files named in tools/demo/corpus.py")
     parser.add_argument("--output", type=Path, default=Path("drafts/demo/target"), help="where the model is written")
-    parser.add_argument("--prompts", type=Path, default=Path("build/demo/prompts.jsonl"), help="where the training prompts for a draft head are written")
+    parser.add_argument(
+        "--prompts", type=Path, default=Path("build/demo/prompts.jsonl"), help="where the training prompts for a draft head are written"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="training time")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context", type=int, default=1024, help="tokens")

@@ -45,8 +45,14 @@ def greedy_answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def write_card(
-    path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held_out: list[Document],
-    losses: dict[str, float], tokens: int, minutes: float, device: str,
+    path: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    held_out: list[Document],
+    losses: dict[str, float],
+    tokens: int,
+    minutes: float,
+    device: str,
 ) -> None:
     """Write the model card with figures measured on the saved weights."""
     prompts = _prompts_by_domain(held_out, 8)
@@ -59,11 +65,22 @@ def write_card(
         samples.append(f"**{domain}**: `{texts[0][:200]!r}`\n\n```text\n{tokenizer.decode(answers[0], skip_special_tokens=True)}\n```")
     loss_rows = [f"| {domain} | {loss:.3f} | {math.exp(loss):.1f} |" for domain, loss in losses.items()]
     parameters = sum(p.numel() for p in model.parameters())
-    path.write_text(_CARD.format(
-        parameters=parameters / 1e6, layers=model.config.num_hidden_layers, hidden=model.config.hidden_size, vocab=model.config.vocab_size,
-        context=model.config.max_position_embeddings, tokens=tokens / 1e6, minutes=minutes, device=device, losses="\n".join(loss_rows),
-        loops="\n".join(rows), samples="\n\n".join(samples),
-    ), encoding="utf-8")
+    path.write_text(
+        _CARD.format(
+            parameters=parameters / 1e6,
+            layers=model.config.num_hidden_layers,
+            hidden=model.config.hidden_size,
+            vocab=model.config.vocab_size,
+            context=model.config.max_position_embeddings,
+            tokens=tokens / 1e6,
+            minutes=minutes,
+            device=device,
+            losses="\n".join(loss_rows),
+            loops="\n".join(rows),
+            samples="\n\n".join(samples),
+        ),
+        encoding="utf-8",
+    )
 
 
 def _prompts_by_domain(held_out: list[Document], count: int) -> dict[str, list[str]]:
