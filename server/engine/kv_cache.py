@@ -68,7 +68,7 @@ class BlockPool:
 
 
 def choose_num_blocks(bytes_per_token: int, block_size: int, wanted_tokens: int, memory: int | None, device: torch.device) -> int:
-    """Blocks in the pool: what ``memory`` bytes hold. None: what ``wanted_tokens`` need, at most 4 GiB on CPU, 80 % of what is free on CUDA."""
+    """Blocks that ``memory`` bytes hold. None: what ``wanted_tokens`` need, at most 4 GiB on CPU, 80 % of what is free on CUDA."""
     per_block = bytes_per_token * block_size
     if memory is None:
         limit = int(0.8 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 4 << 30

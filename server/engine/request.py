@@ -75,6 +75,8 @@ class Request:
     def commit(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> RequestOutput:
         """Append the committed ``tokens`` up to where the request ends; return what may be shown."""
         output = RequestOutput(self.request_id, logprobs=None if self.params.logprobs is None else [])
+        if self.params.max_tokens == 0:  # only the prompt's log-probabilities were wanted
+            tokens, output.finish_reason = [], "length"
         for i, token in enumerate(tokens):
             self.token_ids.append(token)
             if self.output_counts is not None:
