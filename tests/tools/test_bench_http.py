@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from server.engine.config import EngineConfig
 from tools.bench import http
 from tools.bench.http import PLAIN, SPECULATION, BenchError, Completion, Round
+from tools.prompts import read_prompts
 
 STUB = Path(__file__).with_name("stub_server.py")
 
@@ -128,20 +129,6 @@ def test_same_total_from_different_requests_is_refused() -> None:
         http.rows({SPECULATION: [one], PLAIN: [other]}, concurrency=1, temperature=0)
 
 
-def test_prompt_files(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(EngineConfig().model)
-    user = {"role": "user", "content": "How many?"}
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("\n".join(json.dumps(r) for r in ({"turns": ["How many?", "And now?"]}, {"messages": [user]}, {"prompt": "def f("})))
-    turns, messages, prompt = http.read_prompts(file, 3, tokenizer)
-    assert tokenizer.decode(turns) == "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
-    assert messages == turns
-    assert tokenizer.decode(prompt) == "def f("
-    assert len(http.read_prompts(file, 2, tokenizer)) == 2
-    tokenizer.chat_template = None
-    assert tokenizer.decode(http.read_prompts(file, 1, tokenizer)[0]) == "How many?"
-
-
 def test_model_needs_its_own_head(capsys) -> None:
     with pytest.raises(SystemExit):
         http.parse_arguments(["--model", "somewhere"])
@@ -151,5 +138,5 @@ def test_model_needs_its_own_head(capsys) -> None:
 def test_shipped_prompts_fit_the_demo_target() -> None:
     tokenizer = AutoTokenizer.from_pretrained(EngineConfig().model)
     for name in ("gsm8k_test", "humaneval"):
-        prompts = http.read_prompts(http.PROMPTS.with_name(f"{name}.jsonl"), 1000, tokenizer)
+        prompts = read_prompts(http.PROMPTS.with_name(f"{name}.jsonl"), tokenizer)
         assert max(map(len, prompts)) + 128 <= 1024, name

@@ -24,9 +24,10 @@ from typing import Any
 
 import httpx
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from server.engine.config import EngineConfig
+from tools.prompts import PromptError, read_prompts
 
 PROMPTS = Path(__file__).resolve().parents[2] / "benchmarks" / "prompts" / "gsm8k_test.jsonl"
 SPECULATION, PLAIN = "vsd-serve", "vsd-serve plain"
@@ -60,26 +61,6 @@ class Round:
     @property
     def speed(self) -> float:
         return self.tokens / self.seconds
-
-
-# Prompts
-
-
-def read_prompts(path: Path, limit: int, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of the first turn of each line, in the model's chat template where it has one; `prompt` is taken as it stands."""
-    lines = path.read_text(encoding="utf-8").splitlines()[:limit]
-    if not lines:
-        raise BenchError(f"{path} holds no prompts")
-    return [_token_ids(json.loads(line), tokenizer) for line in lines]
-
-
-def _token_ids(record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if "prompt" in record:
-        return tokenizer(record["prompt"]).input_ids
-    messages = record.get("messages") or [{"role": "user", "content": record["turns"][0]}]
-    if tokenizer.chat_template is None:
-        return tokenizer("\n".join(message["content"] for message in messages)).input_ids
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 # Servers
@@ -287,7 +268,7 @@ def _counts(text: str) -> list[int]:
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    prompts = read_prompts(args.prompts, args.limit, AutoTokenizer.from_pretrained(args.model))
+    prompts = read_prompts(args.prompts, AutoTokenizer.from_pretrained(args.model), args.limit)
     urls = {system: f"http://127.0.0.1:{free_port()}" for system in (SPECULATION, PLAIN)}
 
     def command(system: str, draft: str) -> list[str]:
@@ -316,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         result = run(args)
-    except (BenchError, httpx.HTTPError) as error:
+    except (BenchError, PromptError, OSError, httpx.HTTPError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.json:
