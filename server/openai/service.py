@@ -1,0 +1,103 @@
+"""What the routes share: the engine, its limits and names."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Annotated, NamedTuple
+
+from fastapi import Depends, Request
+from tokenizers import Tokenizer
+
+from server.engine.async_engine import AsyncEngine
+from server.metrics import Metrics
+from server.openai.errors import APIError, context_length_error
+
+
+class Prompt(NamedTuple):
+    """``text`` None: the client sent token ids."""
+
+    text: str | None
+    token_ids: list[int]
+
+
+@dataclass
+class Service:
+    """One served model. ``num_spec_tokens``: drafted tokens of a full tree. ``created``: Unix time."""
+
+    engine: AsyncEngine
+    metrics: Metrics
+    model_name: str
+    num_spec_tokens: int
+    created: int
+    tokenizer: Tokenizer = field(init=False)
+    vocab_size: int = field(init=False)
+    max_tokens: int = field(init=False)  # of prompt and completion together
+    max_characters: int = field(init=False)  # that max_tokens tokens can stand for
+    speculative: bool = field(init=False)
+    token_text: Callable[[int], str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        engine = self.engine.engine
+        self.tokenizer = engine.tokenizer.backend_tokenizer
+        self.tokenizer.no_truncation()  # set here, once: changing a tokenizer that other threads use fails
+        self.tokenizer.no_padding()
+        self.token_text = token_decoder(self.tokenizer)
+        self.vocab_size, self.speculative = engine.vocab_size, engine.speculative
+        self.max_tokens = min(engine.max_model_len, engine.max_request_tokens)
+        self.max_characters = self.max_tokens * max(map(len, self.tokenizer.get_vocab()))
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model_name):
+            raise APIError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+
+    async def tokenize(self, prompts: list[str] | list[list[int]]) -> list[Prompt]:
+        """Texts are encoded in a thread, ids are checked against the vocabulary."""
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        for text in texts:
+            if len(text) > self.max_characters:
+                raise context_length_error(self.max_tokens, f"However, your prompt has {len(text)} characters. Shorten it.")
+        encodings = await asyncio.to_thread(self.tokenizer.encode_batch_fast, texts) if texts else []
+        encoded = [Prompt(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
+        encoded += [Prompt(None, prompt) for prompt in prompts if not isinstance(prompt, str)]
+        for prompt in encoded:
+            if not prompt.token_ids:
+                raise APIError(400, "The prompt has no tokens.", param="prompt")
+            if prompt.text is None and max(prompt.token_ids) >= self.vocab_size:
+                raise APIError(400, f"prompt: token ids must be below the vocabulary's {self.vocab_size}.", param="prompt")
+        return encoded
+
+    def check_length(self, prompt: Prompt, max_tokens: int) -> None:
+        asked = len(prompt.token_ids) + max_tokens
+        if asked > self.max_tokens:
+            raise context_length_error(
+                self.max_tokens,
+                f"However, you requested {asked} tokens ({len(prompt.token_ids)} in the prompt, {max_tokens} for the completion). "
+                "Shorten the prompt or the completion.",
+            )
+
+
+def token_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """Text of a single token, remembered: the keys of top_logprobs."""
+
+    @cache
+    def decode(token_id: int) -> str:
+        return str(tokenizer.decode([token_id], skip_special_tokens=False))
+
+    return decode
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def _request_stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+CurrentService = Annotated[Service, Depends(_service)]
+# Left when the response has been sent or its client is gone, whichever route and whatever error.
+RequestStack = Annotated[AsyncExitStack, Depends(_request_stack)]

@@ -1,0 +1,148 @@
+"""Every refusal has the right status and the shape of the OpenAI API."""
+
+import json
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from server.openai.protocol import MAX_CHOICES
+from tests.server.fake_engine import FakeEngine
+
+pytestmark = pytest.mark.anyio
+JSON = {"content-type": "application/json"}
+
+
+def check(response: httpx.Response, status: int, param: str | None = None, code: str | None = None) -> str:
+    """The response is an error as described; returns its message."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    assert set(response.json()) == {"error"}
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
+    assert (error["param"], error["code"]) == (param, code)
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    return error["message"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"prompt": "x"', b"\xff\xfe", b"[" * 10_000, b'"text"', b"[]", b"null", b'{"prompt": "x", "max_tokens": 1e}']
+)
+async def test_broken_body(client: httpx.AsyncClient, content: bytes) -> None:
+    check(await client.post("/v1/completions", content=content, headers=JSON), 400)
+
+
+async def test_wrong_content_type(client: httpx.AsyncClient) -> None:
+    check(await client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}), 400)
+
+
+async def test_body_over_the_limit(client: httpx.AsyncClient) -> None:
+    check(await client.post("/v1/completions", content=b" " * (33 * 2**20), headers=JSON), 413)
+
+
+async def test_body_over_the_limit_without_length(client: httpx.AsyncClient) -> None:
+    async def chunks():
+        for _ in range(33):
+            yield b" " * 2**20
+
+    check(await client.post("/v1/completions", content=chunks(), headers=JSON), 413)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", [], [[]], [""], ["x", ""], [[1], []], [-1], [257], [2**63], [True], [1.5], ["x", 1], [1, "x"], [["x"]], [[[1]]], 1, True, {}, "\ud800"]
+    + [["x"] * (MAX_CHOICES + 1), [[1]] * 100_000],
+)  # fmt: skip
+async def test_prompt(client: httpx.AsyncClient, prompt: object) -> None:
+    body = json.dumps({"prompt": prompt})
+    check(await client.post("/v1/completions", content=body, headers=JSON), 400, param="prompt")
+
+
+async def test_prompt_missing_or_null(client: httpx.AsyncClient) -> None:
+    check(await client.post("/v1/completions", json={}), 400, param="prompt")
+    check(await client.post("/v1/completions", json={"prompt": None}), 400, param="prompt")
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("temperature", -1), ("temperature", 2.1), ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", "1"),
+        ("temperature", True), ("top_p", 0), ("top_p", 1.1), ("top_k", -7), ("top_k", 1.5), ("min_p", 2), ("presence_penalty", 3),
+        ("frequency_penalty", -3), ("repetition_penalty", 0), ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 2**63),
+        ("max_tokens", "5"), ("max_tokens", True), ("min_tokens", 17), ("min_tokens", -1), ("seed", 2**63), ("seed", 1.5),
+        ("stop", ""), ("stop", [""]), ("stop", ["x"] * 17), ("stop", "x" * 257), ("stop", 5), ("stop", [5]), ("stop", "\ud800"),
+        ("stop_token_ids", [-1]), ("stop_token_ids", [257]), ("stop_token_ids", ["x"]), ("logit_bias", {"x": 1}), ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"257": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"1": -1e9}), ("logit_bias", [1]), ("n", 0), ("n", 129),
+        ("n", 10**9), ("best_of", 2), ("logprobs", -1), ("logprobs", 6), ("logprobs", True), ("suffix", "end"), ("echo", "yes"),
+        ("stream", 1), ("stream_options", {"include_usage": True}), ("stream_options", 3), ("user", 3),
+    ],
+)  # fmt: skip
+async def test_option(client: httpx.AsyncClient, param: str, value: object) -> None:
+    body = json.dumps({"prompt": "x", param: value})
+    check(await client.post("/v1/completions", content=body, headers=JSON), 400, param=param)
+
+
+async def test_prompts_times_n(client: httpx.AsyncClient) -> None:
+    check(await client.post("/v1/completions", json={"prompt": ["x"] * 65, "n": 2}), 400, param="n")
+
+
+async def test_unknown_model(client: httpx.AsyncClient) -> None:
+    message = check(await client.post("/v1/completions", json={"prompt": "x", "model": "gpt"}), 404, param="model", code="model_not_found")
+    assert "gpt" in message
+    check(await client.get("/v1/models/some/other"), 404, param="model", code="model_not_found")
+
+
+@pytest.mark.parametrize(
+    "body", [{"prompt": "x" * 900}, {"prompt": "x", "max_tokens": 900}, {"prompt": [1] * 901}, {"prompt": "x" * 10**6}]
+)
+async def test_too_long(client: httpx.AsyncClient, body: dict) -> None:
+    message = check(await client.post("/v1/completions", json=body), 400, code="context_length_exceeded")
+    assert message.startswith("This model's maximum context length is 900 tokens.")
+
+
+async def test_longest_request_runs(client: httpx.AsyncClient) -> None:
+    assert (await client.post("/v1/completions", json={"prompt": "x" * 899, "max_tokens": 1})).status_code == 200
+
+
+async def test_engine_refuses(client: httpx.AsyncClient) -> None:
+    assert "666" in check(await client.post("/v1/completions", json={"prompt": ["x", "y"], "max_tokens": 666}), 400)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_queue_full(client: httpx.AsyncClient, engine: FakeEngine, stream: bool) -> None:
+    response = await client.post("/v1/completions", json={"prompt": ["x"] * 9, "stream": stream})
+    check(response, 503, code="server_overloaded")
+    assert int(response.headers["retry-after"]) > 0
+    assert not engine.params
+    assert 'vsd_requests_total{model_name="vsd-demo",outcome="rejected"} 1.0' in (await client.get("/metrics")).text
+
+
+async def test_unknown_path_and_wrong_method(client: httpx.AsyncClient) -> None:
+    assert "/v1/nothing" in check(await client.get("/v1/nothing"), 404)
+    check(await client.get("//v1/models"), 404)
+    response = await client.get("/v1/completions")
+    check(response, 405)
+    assert response.headers["allow"] == "POST"
+    check(await client.delete("/metrics"), 405)
+
+
+async def test_request_that_fails_in_the_engine(client: httpx.AsyncClient) -> None:
+    assert check(await client.post("/v1/completions", json={"prompt": ["ok", "fail!"]}), 500) == "the engine failed on this request"
+    assert (await client.post("/v1/completions", json={"prompt": "ok"})).status_code == 200
+
+
+async def test_step_that_raises(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    engine.broken = True
+    assert "secret" not in check(await client.post("/v1/completions", json={"prompt": "x"}), 500)
+    assert (await client.post("/v1/completions", json={"prompt": "ok"})).status_code == 200
+
+
+async def test_bug_in_a_route_tells_no_internals(app: FastAPI, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bug() -> bytes:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(app.state.service.metrics, "render", bug)
+    assert "secret" not in check(await client.get("/metrics"), 500)
