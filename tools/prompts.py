@@ -25,19 +25,24 @@ def read_prompts(
     path = Path(path)
     if not path.is_file():
         raise PromptError(f"There is no prompt file at {path}: expected JSON lines with 'turns', 'messages' or 'prompt'.")
-    prompts = list(islice(_prompts(path, tokenizer, all_turns), limit))
-    if not prompts:
+    texts = list(islice(_texts(path, tokenizer, all_turns), limit))
+    if not texts:
         raise PromptError(f"The prompt file {path} is empty: expected JSON lines with 'turns', 'messages' or 'prompt'.")
-    return prompts
+    encoded = {}
+    for rendered in (True, False):  # one call each: a call costs more than a prompt
+        part = [text for text, was_rendered in texts if was_rendered is rendered]
+        encoded[rendered] = iter(tokenizer(part, add_special_tokens=not rendered, verbose=False).input_ids if part else [])
+    return [next(encoded[rendered]) for _, rendered in texts]
 
 
-def _prompts(path: Path, tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> Iterator[list[int]]:
+def _texts(path: Path, tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> Iterator[tuple[str, bool]]:
+    """Every prompt's text, and whether the chat template made it (and with it the special tokens)."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                yield from _encode(json.loads(line), tokenizer, all_turns)
+                yield from _render(json.loads(line), tokenizer, all_turns)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise PromptError(
                     f"Line {number} of {path} is no prompt ({error}): expected a JSON object with 'turns' (list of strings), "
@@ -45,22 +50,22 @@ def _prompts(path: Path, tokenizer: PreTrainedTokenizerBase, all_turns: bool) ->
                 ) from None
 
 
-def _encode(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> Iterator[list[int]]:
+def _render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> Iterator[tuple[str, bool]]:
     if isinstance(record.get("prompt"), str):
-        yield tokenizer(record["prompt"]).input_ids
+        yield record["prompt"], False
     elif record.get("messages"):
-        yield _encode_chat(record["messages"], tokenizer)
+        yield _render_chat(record["messages"], tokenizer)
     elif record.get("turns"):
         for turn in record["turns"] if all_turns else record["turns"][:1]:
-            if not isinstance(turn, str):
-                raise TypeError(f"a turn is a {type(turn).__name__}")
-            yield _encode_chat([{"role": "user", "content": turn}], tokenizer)
+            yield _render_chat([{"role": "user", "content": turn}], tokenizer)
     else:
         raise KeyError(f"keys {', '.join(record)}")
 
 
-def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _render_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[str, bool]:
+    contents = [message["content"] for message in messages]
+    if not all(isinstance(content, str) for content in contents):
+        raise TypeError("a turn is no string")
     if tokenizer.chat_template is None:
-        return tokenizer("\n".join(message["content"] for message in messages)).input_ids
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False).input_ids
+        return "\n".join(contents), False
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False), True

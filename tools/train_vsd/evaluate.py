@@ -13,7 +13,7 @@ from server.engine.types import SamplingParams
 from tools.train_vsd.generate import Completion, complete
 
 
-def measuring_engine(target: str, draft: str, device: str, concurrency: int, **options: Any) -> Engine:
+def measuring_engine(target: str, draft: str | None, device: str, concurrency: int, **options: Any) -> Engine:
     """An engine that drafts the same tree at every step, whatever the load. ``options``: further fields of EngineConfig."""
     return Engine.from_config(EngineConfig(model=target, draft=draft, device=device, max_num_seqs=concurrency, load_rule=False, **options))
 
