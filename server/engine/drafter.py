@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from drafts.eagle3 import Eagle3Head
-from kernels.sampling import SamplingBatch, apply_filters
+from kernels.sampling import SamplingBatch, apply_options
 from kernels.tree_attention import TreeLayout, tree_attention
 from kernels.tree_mask import tree_mask
 from server.engine.kv_cache import PagedTensors
@@ -126,9 +126,12 @@ class Drafter:
         self, y: Tensor, noise: Tensor | None, depth: int, topk: int, options: SamplingBatch, sigma: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The ``topk`` most likely survivors after each row: log-scores float32 and target ids int64, both [B, R, topk]."""
-        logits = self.head.logits(y).float() / options.temperature[:, None, None]
-        if options.filters is not None:
-            logits = apply_filters(logits, options.filters)
+        logits = self.head.logits(y).float()
+        if self._target_ids is not None:  # these options speak of target ids
+            options = options._replace(bias=None, bans=None, penalties=None)
+        # Penalties count the committed text alone here: a guess need not be exact.
+        none = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
+        logits = apply_options(logits, options, none, none + depth, none)
         if noise is not None:
             logits = logits + noise[:, depth, None]
         scores = (logits / sigma[:, None, None]).log_softmax(-1)

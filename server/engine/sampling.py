@@ -16,9 +16,12 @@ def batch_options(requests: list[Request], vocab_size: int, device: torch.device
         return torch.tensor(values, dtype=dtype, device=device)
 
     filters = penalties = bias = None
-    if any(not p.greedy and (0 < p.top_k < vocab_size or p.top_p < 1 or p.min_p > 0) for p in params):
-        top_k = column([p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params], torch.long)
-        filters = Filters(top_k, column([p.top_p for p in params]), column([p.min_p for p in params]))
+    # A greedy choice needs no filter, and a greedy request's draft must not be narrowed by one.
+    kept = [
+        (p.top_k if 0 < p.top_k < vocab_size else vocab_size, p.top_p, p.min_p) if not p.greedy else (vocab_size, 1.0, 0.0) for p in params
+    ]
+    if any(values != (vocab_size, 1.0, 0.0) for values in kept):
+        filters = Filters(column([k for k, _, _ in kept], torch.long), column([p for _, p, _ in kept]), column([m for _, _, m in kept]))
     if any(request.output_counts is not None for request in requests):
         penalties = _penalties(requests, vocab_size, device)
     if any(p.logit_bias for p in params):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.kv_commit import kv_commit
+from kernels.sampling import SamplingBatch
 from kernels.tree_attention import TreeLayout
 from kernels.tree_verify import tree_verify
 from server.engine.drafter import Drafter, TreeShape, root_only
@@ -39,6 +40,15 @@ class Steps:
         last_rows = torch.tensor([i * tokens.shape[1] + len(chunk) - 1 for i, chunk in enumerate(chunks)], device=self.device)
         every_row = any(request.params.prompt_logprobs is not None for request in requests)
         logits, features = self.target.forward(tokens, layout, self.cache, None if every_row else last_rows)
+        complete = [
+            i
+            for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True))
+            if request.context_len + len(chunk) == request.prompt_len
+        ]
+        done = [requests[i] for i in complete]
+        last = (logits[last_rows] if every_row else logits)[complete, None]
+        verified = self._verify_roots(done, last) if done else None
+        # Nothing above changes a request, so that a failure can be tried again for each one alone.
         for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
             if request.params.prompt_logprobs is not None:
                 following = request.token_ids[request.context_len + 1 : request.context_len + len(chunk) + 1]
@@ -48,26 +58,25 @@ class Steps:
                 request.pending.append(features[i, : len(chunk)])
             request.context_len += len(chunk)
             stats.prompt_tokens += len(chunk)
-        complete = [i for i, request in enumerate(requests) if not request.prefilling]
-        if not complete:
-            return []
-        done = [requests[i] for i in complete]
-        last = (logits[last_rows] if every_row else logits)[complete, None]
-        verdict, healthy = self._verify(
-            done, root_only(self._roots(done)), 0, last, batch_noise(done, 1, self.target.vocab_size, self.device)
-        )
-        return self._commit(done, verdict, healthy, last, stats)
+        return self._commit(done, *verified, last, stats) if verified else []
+
+    def _verify_roots(self, requests: list[Request], logits: Tensor) -> tuple[Verdict, Tensor]:
+        """The first token after each prompt; logits [B, 1, V]."""
+        options = batch_options(requests, self.target.vocab_size, self.device)
+        noise = batch_noise(requests, 1, self.target.vocab_size, self.device)
+        return _verify(root_only(self._roots(requests)), 0, logits, options, noise)
 
     def decode(self, requests: list[Request], shape: TreeShape, stats: StepStats) -> list[RequestOutput]:
         """One verification of every request: grow trees, run the target over all nodes, keep what it would have generated."""
+        options = batch_options(requests, self.target.vocab_size, self.device)
         noise = batch_noise(requests, shape.depth + 1, self.target.vocab_size, self.device)
-        tree = self._propose(requests, shape, noise)
+        tree = self._propose(requests, shape, options, noise)
         context_lens, max_context = self._context(requests)
         tables = self.pool.tables[self._rows(requests)]
         layout = TreeLayout(tables, context_lens, tree.depth, tree.ancestors, None, self.pool.block_size, max_context)
         logits, features = self.target.forward(tree.tokens.clamp(min=0), layout, self.cache)
         logits = logits.unflatten(0, tree.tokens.shape)
-        verdict, healthy = self._verify(requests, tree, shape.depth, logits, noise)
+        verdict, healthy = _verify(tree, shape.depth, logits, options, noise)
         if tree.tokens.shape[1] > 1:
             kv_commit(self.cache.k, self.cache.v, tables, context_lens, verdict.path)
             for request, accepted in zip(requests, verdict.num_accepted.tolist(), strict=True):
@@ -95,7 +104,7 @@ class Steps:
         """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""
         self.sync_draft([r for r in requests if sum(map(Tensor.nelement, r.pending)) * self.target.dtype.itemsize > MAX_PENDING_BYTES])
 
-    def _propose(self, requests: list[Request], shape: TreeShape, noise: Tensor | None) -> Tree:
+    def _propose(self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Tensor | None) -> Tree:
         """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
         roots = self._roots(requests)
         if self.drafter is None or shape.nodes == 1:
@@ -105,7 +114,6 @@ class Steps:
             context_lens, max_context = self._context(requests)
             sigma = torch.tensor([self._sigma(request.params.temperature) for request in requests], device=self.device)
             rows = self._rows(requests)
-            options = batch_options(requests, self.target.vocab_size, self.device)
             return self.drafter.grow(rows, roots, self.pool.tables[rows], context_lens, max_context, shape, options, noise, sigma)
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
@@ -119,12 +127,6 @@ class Steps:
             if temperature <= t1:
                 return s0 + (s1 - s0) * (temperature - t0) / (t1 - t0)
         return points[-1][1]
-
-    def _verify(self, requests: list[Request], tree: Tree, max_depth: int, logits: Tensor, noise: Tensor | None) -> tuple[Verdict, Tensor]:
-        """The verdict, and which requests' logits are free of NaN, bool [B]."""
-        options = batch_options(requests, self.target.vocab_size, self.device)
-        path, num_accepted, tokens = tree_verify(logits, options, noise, *tree, max_depth)
-        return Verdict(path, num_accepted, tokens), ~logits.flatten(1).isnan().any(1)
 
     def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:
         """Keep the features of the accepted nodes for the draft cache."""
@@ -198,6 +200,11 @@ class Steps:
             kv_commit(self.cache.k, self.cache.v, tables, lengths, path)
         committed.tolist()
         return time.perf_counter() - start
+
+
+def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Tensor | None) -> tuple[Verdict, Tensor]:
+    """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V]."""
+    return Verdict(*tree_verify(logits, options, noise, *tree, max_depth)), ~logits.flatten(1).isnan().any(1)
 
 
 def _path_logprobs(request: Request, logits: Tensor, path: Tensor, committed: list[int]) -> list[TokenLogprob] | None:
