@@ -33,7 +33,8 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, eos_token_id=0, bos_token_id=None, pad_token_id=0,
+        head_dim=8, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, eos_token_id=0, bos_token_id=None,
+        pad_token_id=0,
     )).save_pretrained(path)  # fmt: skip
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w1"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -78,7 +78,7 @@ def train(
 
 def _smooth(old: list[float], new: list[float]) -> list[float]:
     """Exponential averages; a short batch has fewer steps and leaves the later averages alone."""
-    averaged = [0.95 * a + 0.05 * b for a, b in zip(old, new, strict=False)]
+    averaged = [0.9 * a + 0.1 * b for a, b in zip(old, new, strict=False)]
     return averaged + (old[len(new) :] or new[len(old) :])
 
 
