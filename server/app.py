@@ -14,6 +14,7 @@ from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.engine.async_engine import AsyncEngine
@@ -53,7 +54,6 @@ def create_app(engine: "Engine", settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        max_body_size=MAX_BODY,
     )
     app.state.service = service
     key = settings.api_key.get_secret_value() if settings.api_key else None
@@ -114,22 +114,41 @@ class Gate:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        if not self._allowed(scope["path"], headers):
-            await self._refusal()(scope, receive, send_with_id)
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is not None:
+            await refusal(scope, receive, send_with_id)
             return
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, _limited(receive), send_with_id)
         except Exception:
             if started:
                 raise
             logger.exception("request %s failed", request_id)
             await internal_error().response()(scope, receive, send_with_id)
 
-    def _allowed(self, path: str, headers: Headers) -> bool:
-        if self._expected is None or path in PROBES:
-            return True
-        return secrets.compare_digest(headers.get("authorization", "").encode(), self._expected)
+    def _refusal(self, path: str, headers: Headers) -> JSONResponse | None:
+        given = headers.get("authorization", "").encode()
+        if self._expected is not None and path not in PROBES and not secrets.compare_digest(given, self._expected):
+            error = APIError(401, "Missing or wrong API key; send it as `Authorization: Bearer KEY`.", code="invalid_api_key")
+            return error.response({"www-authenticate": "Bearer"})
+        length = headers.get("content-length", "")
+        return _too_large().response() if length.isdecimal() and int(length) > MAX_BODY else None
 
-    def _refusal(self) -> JSONResponse:
-        error = APIError(401, "Missing or wrong API key; send it as `Authorization: Bearer KEY`.", code="invalid_api_key")
-        return error.response({"www-authenticate": "Bearer"})
+
+def _too_large() -> APIError:
+    return APIError(413, f"The body is larger than {MAX_BODY} bytes.")
+
+
+def _limited(receive: Receive) -> Receive:
+    """Stops reading a body that turns out too large."""
+    received = 0
+
+    async def receive_limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > MAX_BODY:
+            raise HTTPException(413, str(_too_large()))
+        return message
+
+    return receive_limited

@@ -44,7 +44,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="VSD_",
-        env_ignore_empty=True,
         extra="forbid",
         cli_prog_name="python -m server",
         cli_kebab_case=True,

@@ -53,8 +53,10 @@ async def test_body_over_the_limit_without_length(client: httpx.AsyncClient) -> 
 
 @pytest.mark.parametrize(
     "prompt",
-    ["", [], [[]], [""], ["x", ""], [[1], []], [-1], [257], [2**63], [True], [1.5], ["x", 1], [1, "x"], [["x"]], [[[1]]], 1, True, {}, "\ud800"]
-    + [["x"] * (MAX_CHOICES + 1), [[1]] * 100_000],
+    [
+        "", [], [[]], [""], ["x", ""], [[1], []], [-1], [257], [2**63], [True], [1.5], ["x", 1], [1, "x"], [["x"]], [[[1]]], 1, True, {},
+        "\ud800", ["x"] * (MAX_CHOICES + 1), [[1]] * 100_000,
+    ],
 )  # fmt: skip
 async def test_prompt(client: httpx.AsyncClient, prompt: object) -> None:
     body = json.dumps({"prompt": prompt})

@@ -1,0 +1,170 @@
+"""The real server process: what clients see, and that nothing stays behind."""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import Server, launch, wait_for_url
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+
+
+def metric(http: httpx.Client, name: str) -> float:
+    found = re.search(rf"^vsd_{name}{{[^}}]*}} (\S+)$", http.get("/metrics").text, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def test_openai_client(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["served"]
+    whole = client.completions.create(model="served", prompt=PROMPT, max_tokens=20, temperature=0)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens <= 20
+    assert whole.choices[0].finish_reason in ("length", "stop")
+    parts = list(
+        client.completions.create(
+            model="served", prompt=PROMPT, max_tokens=20, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    assert "".join(choice.text for part in parts for choice in part.choices) == whole.choices[0].text
+    assert parts[-1].usage == whole.usage
+
+
+def test_openai_client_reads_the_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.completions.create(model="other", prompt=PROMPT)
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.BadRequestError) as long:
+        client.completions.create(model="served", prompt=PROMPT, max_tokens=10**6)
+    assert long.value.code == "context_length_exceeded"
+    assert long.value.request_id
+
+
+def test_seed_repeats_and_batch_does_not_matter(client: openai.OpenAI) -> None:
+    def generate(seed: int) -> list[str]:
+        return [choice.text for choice in client.completions.create(model="served", prompt=PROMPT, max_tokens=24, seed=seed, n=2).choices]
+
+    alone = [generate(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(generate, range(4)))
+    assert together == alone
+    assert [pair[1] for pair in alone[:3]] == [pair[0] for pair in alone[1:]]
+
+
+def test_scoring_as_lm_eval_does(http: httpx.Client) -> None:
+    first = http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "logprobs": 1}).json()["choices"][0]
+    assert all(
+        max(top.values()) == chosen
+        for top, chosen in zip(first["logprobs"]["top_logprobs"], first["logprobs"]["token_logprobs"], strict=True)
+    )
+    text = PROMPT + "".join(first["logprobs"]["tokens"])
+    body = {"prompt": [text, text], "max_tokens": 1, "temperature": 0, "logprobs": 1, "echo": True, "seed": 1}
+    answer = http.post("/v1/completions", json=body).json()
+    for choice in answer["choices"]:
+        report = choice["logprobs"]
+        assert report["token_logprobs"][0] is None
+        assert report["top_logprobs"][0] is None
+        assert (
+            len(report["tokens"]) == len(report["text_offset"]) == len(report["top_logprobs"]) == answer["usage"]["prompt_tokens"] // 2 + 1
+        )
+        assert choice["text"].startswith(text)
+    assert http.post("/v1/completions", json={**body, "max_tokens": 0}).json()["choices"][0]["text"] == text
+
+
+def test_every_option_at_once(http: httpx.Client) -> None:
+    body = {
+        "prompt": PROMPT, "max_tokens": 12, "min_tokens": 3, "temperature": 0.8, "top_p": 0.9, "top_k": 20, "min_p": 0.01,
+        "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1, "logit_bias": {"40": 5, "41": -100}, "seed": 7,
+        "stop": ["zzz"], "stop_token_ids": [3], "ignore_eos": True, "include_stop_str_in_output": True, "n": 2, "logprobs": 5,
+    }  # fmt: skip
+    response = http.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    assert response.json() == {
+        **http.post("/v1/completions", json=body).json(),
+        "id": response.json()["id"],
+        "created": response.json()["created"],
+    }
+
+
+def test_speculation_statistics(http: httpx.Client, server_arguments: list[str]) -> None:
+    answer = http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 30, "temperature": 0, "ignore_eos": True}).json()
+    stats = answer["metrics"]["speculative_decoding"]
+    if len(server_arguments) == 1 or "none" in server_arguments:
+        assert stats is None
+        return
+    assert sum(stats["acceptance_histogram"]) == stats["num_spec_steps"]
+    assert stats["num_accepted_draft_tokens"] == sum(stats["accepted_by_depth"])
+    assert stats["num_spec_steps"] > 0
+    assert stats["mean_acceptance_length"] >= 1
+    assert metric(http, "spec_decode_num_drafts_total") > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves_frees_everything(http: httpx.Client, server: Server, stream: bool) -> None:
+    wait_until(lambda: metric(http, "num_requests_running") == 0)
+    body = {"prompt": "x", "max_tokens": 400, "stream": stream, "ignore_eos": True, "n": 8}
+    with httpx.Client(base_url=server.url, timeout=60) as gone, ThreadPoolExecutor(1) as pool:
+        if stream:
+            with gone.stream("POST", "/v1/completions", json=body) as response:
+                next(response.iter_lines())
+        else:
+            future = pool.submit(gone.post, "/v1/completions", json=body, timeout=0.5)
+            assert isinstance(future.exception(), httpx.ReadTimeout)
+    wait_until(lambda: metric(http, "num_requests_running") == 0, 5)
+    assert metric(http, "kv_cache_usage_ratio") == 0
+    assert re.search(r'outcome="abort"} \d', http.get("/metrics").text)
+
+
+def test_queue_full_and_then_not(http: httpx.Client) -> None:
+    response = http.post("/v1/completions", json={"prompt": ["x"] * 17, "max_tokens": 1})
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    assert http.post("/v1/completions", json={"prompt": ["x"] * 16, "max_tokens": 1}).status_code == 200
+
+
+def test_metrics_add_up(http: httpx.Client) -> None:
+    before = metric(http, "generation_tokens_total")
+    usage = http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 10, "n": 3, "ignore_eos": True}).json()["usage"]
+    assert usage["completion_tokens"] == 30
+    wait_until(lambda: metric(http, "generation_tokens_total") == before + 30)
+    assert metric(http, "generation_tokens_per_second") > 0
+    assert metric(http, "time_to_first_token_seconds_count") > 0
+
+
+def test_interrupt_ends_the_server(tiny_model: Path) -> None:
+    process, log = launch(str(tiny_model))
+    url = wait_for_url(process, log)
+    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == tiny_model.name
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) in (0, -signal.SIGTERM)
+    assert not any("Traceback" in line for line in log)
+
+
+def test_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    process, log = launch(str(tmp_path))
+    assert process.wait(280) == 1
+    errors = [line for line in log if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert os.fspath(tmp_path) in errors[0]
+    assert not any("Traceback" in line for line in log)

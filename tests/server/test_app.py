@@ -1,0 +1,88 @@
+"""What holds for every route: request ids, the key, probes, metrics, the description of the API."""
+
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.settings import Settings
+from tests.server.fake_engine import FakeEngine
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def locked(engine: FakeEngine, anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(engine, Settings(api_key="Secret"))
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
+    ):
+        yield client
+
+
+@pytest.mark.parametrize("path", ["/health", "/livez", "/readyz"])
+async def test_probes(locked: httpx.AsyncClient, path: str) -> None:
+    assert (await locked.get(path)).status_code == 200
+
+
+async def test_health_of_a_stopped_engine(engine: FakeEngine) -> None:
+    app = create_app(engine, Settings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        assert (await client.get("/health")).status_code == 503
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/completions", "/metrics", "/openapi.json", "/version", "/nothing", "//v1/models", "/health/"]
+)
+@pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer secret", "Secret", "bearer Secret", "Bearer Secret ", "Bearer Sécret"])
+async def test_key_is_needed_everywhere_else(locked: httpx.AsyncClient, path: str, key: str | None) -> None:
+    response = await locked.get(path, headers={} if key is None else {"authorization": key.encode()})
+    if key == "Bearer Secret ":  # HTTP strips spaces around a header's value; this transport does not
+        return
+    assert response.status_code == 401
+    assert response.json()["error"]["code"] == "invalid_api_key"
+    assert response.headers["x-request-id"]
+
+
+async def test_key(locked: httpx.AsyncClient) -> None:
+    headers = {"authorization": "Bearer Secret"}
+    assert (await locked.get("/v1/models", headers=headers)).status_code == 200
+    assert (await locked.post("/v1/completions", headers=headers, json={"prompt": "x"})).status_code == 200
+
+
+@pytest.mark.parametrize(("sent", "expected"), [("abc-1.2:3_4", "abc-1.2:3_4"), ("a\tb c<d>\x7fé", "abcd"), ("x" * 10_000, "x" * 128)])
+async def test_request_id_is_returned(client: httpx.AsyncClient, sent: str, expected: str) -> None:
+    for path in ("/health", "/nothing"):
+        assert (await client.get(path, headers={"x-request-id": sent.encode()})).headers["x-request-id"] == expected
+
+
+async def test_request_id_is_made(client: httpx.AsyncClient) -> None:
+    first, second = [(await client.get("/health", headers={"x-request-id": "<>"})).headers["x-request-id"] for _ in range(2)]
+    assert first != second
+
+
+async def test_metrics_after_a_request(client: httpx.AsyncClient) -> None:
+    await client.post("/v1/completions", json={"prompt": "hey", "max_tokens": 6})
+    response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    for line in (
+        'vsd_generation_tokens_total{model_name="vsd-demo"} 6.0',
+        'vsd_prompt_tokens_total{model_name="vsd-demo"} 3.0',
+        'vsd_spec_decode_num_drafts_total{model_name="vsd-demo"} 3.0',
+        'vsd_requests_total{model_name="vsd-demo",outcome="length"} 1.0',
+        'vsd_time_to_first_token_seconds_count{model_name="vsd-demo"} 1.0',
+        'vsd_num_requests_running{model_name="vsd-demo"} 0.0',
+    ):
+        assert line in response.text
+
+
+async def test_openapi_declares_bounds_and_errors(client: httpx.AsyncClient) -> None:
+    api = (await client.get("/openapi.json")).json()
+    post = api["paths"]["/v1/completions"]["post"]
+    assert {"200", "400", "404", "413", "503"} <= set(post["responses"])
+    fields = api["components"]["schemas"]["CompletionRequest"]["properties"]
+    assert fields["temperature"]["maximum"] == 2
+    assert len(fields["prompt"]["anyOf"]) == 4
+    assert (await client.get("/version")).json()["version"] == api["info"]["version"]

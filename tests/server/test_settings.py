@@ -1,0 +1,112 @@
+"""Options: where they come from, which are refused, what the engine gets."""
+
+from pathlib import Path
+
+import pytest
+from pydantic_settings import SettingsError
+
+from server.__main__ import main
+from server.engine.config import DEMO, EngineConfig
+from server.settings import Settings, load_settings
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"VSD_{name.upper()}", raising=False)
+
+
+def test_defaults_serve_the_demo_pair() -> None:
+    settings = load_settings([])
+    assert settings.engine_config() == EngineConfig()
+    assert settings.model_name == "vsd-demo"
+    assert (settings.host, settings.port, settings.api_key) == ("127.0.0.1", 8000, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "draft"),
+    [
+        ([], str(DEMO / "eagle3")),
+        (["--draft", "none"], None),
+        (["--draft", "mine"], "mine"),
+        (["some/model"], None),
+        (["some/model", "--draft", "mine"], "mine"),
+        (["some/model", "--draft", "NONE"], None),
+    ],
+)
+def test_draft(argv: list[str], draft: str | None) -> None:
+    assert load_settings(argv).engine_config().draft == draft
+
+
+def test_model_name(tmp_path: Path) -> None:
+    assert load_settings(["org/name"]).model_name == "org/name"
+    assert load_settings([str(tmp_path)]).model_name == tmp_path.name
+    assert load_settings([str(tmp_path), "--served-model-name", "other"]).model_name == "other"
+
+
+def test_flag_over_environment_over_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_text("port: 1\nhost: file\ntree-nodes: 3\ntree_depth: 2\n")
+    monkeypatch.setenv("VSD_PORT", "2")
+    monkeypatch.setenv("VSD_HOST", "environment")
+    settings = load_settings(["--config", str(file), "--port", "4"])
+    assert (settings.port, settings.host, settings.tree_nodes, settings.tree_depth, settings.tree_topk) == (4, "environment", 3, 2, 4)
+    monkeypatch.setenv("VSD_CONFIG", str(file))
+    assert load_settings([]).tree_nodes == 3
+
+
+def test_every_option_reaches_the_engine() -> None:
+    argv = "m --draft d --device cpu --dtype bfloat16 --max-model-len 99 --max-num-seqs 3 --tree-nodes 8 --tree-depth 3 --tree-topk 2"
+    argv += " --draft-temperature 0.5 --block-size 32 --kv-cache-memory 1MiB --seed -1"
+    assert load_settings(argv.split()).engine_config() == EngineConfig(
+        "m", "d", "cpu", "bfloat16", 99, 3, 8, 3, 2, 0.5, True, 32, 2**20, -1
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--port", "http"], "port: .*'http'"),
+        (["--port", "70000"], "port: .*65535.*'70000'"),
+        (["--tree-nodes", "65"], "tree-nodes: .*64.*'65'"),
+        (["--tree-nodes", "0"], "tree-nodes: .*1.*'0'"),
+        (["--tree-depth", "18", "--tree-topk", "4"], r"at most 64, got \(18 - 1\) x 4"),
+        (["--draft-temperature", "hot"], "draft-temperature: must be `auto` or a number above 0, got 'hot'"),
+        (["--draft-temperature", "0"], "above 0"),
+        (["--dtype", "int8"], "dtype: .*'int8'"),
+        (["--max-num-seqs", "0"], "max-num-seqs"),
+        (["--config", "/does/not/exist"], "cannot read /does/not/exist"),
+    ],
+)
+def test_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_settings(argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("prot: 3", "prot"), ("- 3", "must hold"), ("{", "not YAML"), ("port: x", "port"), (b"\xff\xff\xff", "not YAML")]
+)
+def test_refused_file(tmp_path: Path, text: str | bytes, message: str) -> None:
+    file = tmp_path / "options.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SettingsError, match=message):
+        load_settings(["--config", str(file)])
+
+
+def test_empty_key_is_refused_rather_than_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SettingsError, match="api-key"):
+        load_settings(["--api-key", ""])
+    monkeypatch.setenv("VSD_API_KEY", "")
+    with pytest.raises(SettingsError, match="api-key"):
+        load_settings([])
+
+
+@pytest.mark.parametrize("argv", [["--port", "http"], ["--nonsense"], ["a", "b"]])
+def test_wrong_options_exit_with_2(argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["server", *argv])
+    try:
+        status = main()
+    except SystemExit as exit:
+        status = exit.code
+    assert status == 2
+    assert "error:" in capsys.readouterr().err
