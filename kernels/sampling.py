@@ -52,17 +52,19 @@ def apply_options(logits: Tensor, options: SamplingBatch, tokens: Tensor, depth:
     """Logits after every option: bias and bans, penalties, temperature, filters; never written in place.
 
     logits [B, N, V] of the token that follows each node; tokens, depth, ancestors int64 [B, N]: the tree, whose node 0 is already
-    counted in the penalties. A token that may not be drawn becomes -inf.
+    counted in the penalties. Returns float32, so that rounding does not depend on which options the rest of the batch uses; a token
+    that may not be drawn becomes -inf.
     """
+    logits = logits.float()
     if options.bias is not None:
         count = options.bias.ids.shape[1]
         shape = (*logits.shape[:2], count)
-        logits = logits.scatter_add(2, options.bias.ids[:, None].expand(shape), options.bias.values.to(logits.dtype)[:, None].expand(shape))
+        logits = logits.scatter_add(2, options.bias.ids[:, None].expand(shape), options.bias.values.float()[:, None].expand(shape))
     if options.bans is not None:
         logits = _ban(logits, options.bans, depth)
     if options.penalties is not None:
         logits = _penalise(logits, options.penalties, tokens, ancestors)
-    logits = logits / options.temperature.to(logits.dtype)[:, None, None]
+    logits = logits / options.temperature[:, None, None]
     return logits if options.filters is None else apply_filters(logits, options.filters)
 
 
@@ -96,7 +98,8 @@ def apply_filters(logits: Tensor, filters: Filters) -> Tensor:
     ordered = ordered.masked_fill(ordered < threshold, float("-inf"))
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
-    removed = before >= filters.top_p[:, None, None]
+    # The running sum may round up to 1 before the end: a request without top_p must not notice.
+    removed = (before >= filters.top_p[:, None, None]) & (filters.top_p < 1)[:, None, None]
     removed |= probabilities < filters.min_p[:, None, None] * probabilities[:, :, :1]
     removed[:, :, 0] = False
     ordered = ordered.masked_fill(removed, float("-inf"))

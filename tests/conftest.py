@@ -1,0 +1,24 @@
+"""Settings that all tests share: two CPU threads, the demo pair, and property tests that draw the same examples in every run."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", min(2, os.cpu_count() or 1))))
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
+settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    demo = Path(__file__).resolve().parents[1] / "drafts" / "demo"
+    parser.addoption("--demo", type=Path, default=demo, help="directory with the demo pair, target/ and eagle3/ (default: %(default)s)")
+
+
+@pytest.fixture(scope="session")
+def demo(request: pytest.FixtureRequest) -> Path:
+    """Directory of the demo pair: target/ and eagle3/."""
+    return request.config.getoption("--demo")
