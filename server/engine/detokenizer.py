@@ -23,10 +23,10 @@ class Detokenizer:
         ``may_stop`` False (fewer than min_tokens yet) looks for no stop string.
         """
         piece = self._stream.step(self._tokenizer, token_id) or ""
-        start = max(0, len(self._text) - self._longest + 1)
+        before = len(self._text)
         self._text += piece
         if piece and may_stop:
-            found = [(self._text.find(stop, start), stop) for stop in self._stop]
+            found = [(self._text.find(stop, max(0, before - len(stop) + 1)), stop) for stop in self._stop]
             found = [(index, stop) for index, stop in found if index >= 0]
             if found:
                 index, stop = min(found)
