@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -12,8 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drafts.checkpoint import save_head
+from tests.engine.engines import byte_tokenizer, random_head, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "drafts" / "demo"
@@ -62,30 +64,18 @@ def wait_for_url(process: subprocess.Popen[str], log: list[str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with random weights, and a tokenizer of bytes."""
-    directory = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, eos_token_id=256, bos_token_id=256, pad_token_id=256,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(directory)
-    vocab = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="session")
-def server_arguments(tiny_model: Path) -> list[str]:
-    """The demo pair once it is there; VSD_TEST_MODEL and VSD_TEST_DRAFT name another."""
+def server_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The demo pair once it is there, else a random pair; VSD_TEST_MODEL and VSD_TEST_DRAFT name another."""
     if model := os.environ.get("VSD_TEST_MODEL"):
         return [model, "--draft", os.environ.get("VSD_TEST_DRAFT", "none")]
-    demo_is_there = all(list((DEMO / name).glob("*.safetensors")) for name in ("target", "eagle3"))
-    return [] if demo_is_there else [str(tiny_model)]
+    if all(list((DEMO / name).glob("*.safetensors")) for name in ("target", "eagle3")):
+        return []
+    directory = tmp_path_factory.mktemp("pair")
+    model = tiny_model(max_position_embeddings=512)
+    model.save_pretrained(directory / "target")
+    byte_tokenizer().save_pretrained(directory / "target")
+    save_head(directory / "head", random_head(model), torch.float32)
+    return [str(directory / "target"), "--draft", str(directory / "head")]
 
 
 @pytest.fixture(scope="session")
@@ -96,6 +86,8 @@ def server(server_arguments: list[str]) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(60)
+    assert process.returncode in (0, -signal.SIGTERM)
+    assert not any("Traceback" in line for line in log), "".join(log)
 
 
 @pytest.fixture

@@ -36,11 +36,9 @@ async def test_health_of_a_stopped_engine(engine: FakeEngine) -> None:
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/v1/completions", "/metrics", "/openapi.json", "/version", "/nothing", "//v1/models", "/health/"]
 )
-@pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer secret", "Secret", "bearer Secret", "Bearer Secret ", "Bearer Sécret"])
+@pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer secret", "Secret", "bearer Secret", "Bearer Secrets", "Bearer Sécret"])
 async def test_key_is_needed_everywhere_else(locked: httpx.AsyncClient, path: str, key: str | None) -> None:
     response = await locked.get(path, headers={} if key is None else {"authorization": key.encode()})
-    if key == "Bearer Secret ":  # HTTP strips spaces around a header's value; this transport does not
-        return
     assert response.status_code == 401
     assert response.json()["error"]["code"] == "invalid_api_key"
     assert response.headers["x-request-id"]
