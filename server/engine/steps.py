@@ -84,7 +84,9 @@ class Steps:
                 stats.drafts.append((tree.tokens.shape[1] - 1, accepted))
         if features is not None:
             self._remember(requests, features, verdict)
-        return self._commit(requests, verdict, healthy, logits, stats)
+        outputs = self._commit(requests, verdict, healthy, logits, stats)
+        stats.emitted += [len(output.token_ids) for output in outputs]
+        return outputs
 
     def sync_draft(self, requests: list[Request]) -> None:
         """Bring the draft cache up to the committed tokens, with the target's true features."""
@@ -150,7 +152,6 @@ class Steps:
                 output = RequestOutput(request.request_id, finish_reason="error", error=f"generation failed: {type(error).__name__}")
             request.context_len = len(request.token_ids) - 1
             stats.generation_tokens += len(output.token_ids)
-            stats.emitted.append(len(output.token_ids))
             outputs.append(output)
         return outputs
 
