@@ -85,7 +85,7 @@ def parse_arguments() -> argparse.Namespace:
 def run_train(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     settings = TrainSettings(
-        args.objective, args.steps, args.minutes, args.depth, batch_tokens=2048 if device.type == "cpu" else 16384, seed=args.seed
+        args.objective, args.steps, args.minutes, args.depth, batch_tokens=512 if device.type == "cpu" else 16384, seed=args.seed
     )
     start = time.monotonic()
     train_rows, held_out = answers(args, settings)
