@@ -24,6 +24,7 @@ test: $(VENV)/.dev ## run all tests (ARGS="-k name" for some)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 bench: $(VENV)/.dev ## speculation against plain decoding, over HTTP, in one run (ARGS="--limit 8 --rounds 5 ...")
