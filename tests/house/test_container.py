@@ -196,9 +196,7 @@ def samples() -> dict[str, set[str]]:
     metrics = Metrics("m")
     metrics.count_rejected()
     return {
-        sample.name: set(sample.labels)
-        for family in text_string_to_metric_families(metrics.render().decode())
-        for sample in family.samples
+        sample.name: set(sample.labels) for family in text_string_to_metric_families(metrics.render().decode()) for sample in family.samples
     }
 
 

@@ -2,8 +2,8 @@
 
 Two real servers of the same model, one with the draft head and one without, answer the same prompts with the same number of tokens.
 Each round loads one server, then the other, in alternating order; the other one idles meanwhile. Speeds are tokens over the seconds from
-the first request sent to the last token received, prefill included; reported are the median over rounds, and the median and range of the
-ratio of each round's pair.
+the first request sent to the last token received, prefill included. The speed-up is the ratio of the servers' speeds in their median round;
+the range of the single rounds' ratios says how far to trust it.
 """
 
 import argparse
@@ -194,7 +194,7 @@ def rows(measured: Mapping[str, Sequence[Round]], concurrency: int, temperature:
     """One row per system. Raises BenchError when the systems did not do the same work: then there is nothing to compare."""
     if not same_tokens(measured):
         raise BenchError(f"no ratio at concurrency {concurrency}: the runs generated different numbers of tokens for the same requests")
-    speedup = {SPECULATION: round(median(ratios(measured)), 3), PLAIN: 1.0}
+    seconds = {system: median(one.seconds for one in rounds) for system, rounds in measured.items()}
     result = []
     for system, rounds in measured.items():
         accepted = acceptance_length(rounds)
@@ -203,11 +203,11 @@ def rows(measured: Mapping[str, Sequence[Round]], concurrency: int, temperature:
                 "system": system,
                 "concurrency": concurrency,
                 "temperature": temperature,
-                "tokens_per_second": round(median(one.speed for one in rounds), 2),
+                "tokens_per_second": round(rounds[0].tokens / seconds[system], 2),
                 "tokens": rounds[0].tokens,
-                "seconds": round(median(one.seconds for one in rounds), 3),
+                "seconds": round(seconds[system], 3),
                 "acceptance_length": None if accepted is None else round(accepted, 3),
-                "speedup_vs_plain": speedup[system],
+                "speedup_vs_plain": round(seconds[PLAIN] / seconds[system], 3),
                 "differing_texts": differing_texts(measured),
             }
         )
@@ -240,10 +240,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default=demo.model, help="target: local directory or hub id (default: the demo target)")
     parser.add_argument("--draft", help="draft head (default: the demo head; needed with --model)")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="JSON lines with turns, messages or prompt")
-    parser.add_argument("--limit", type=_positive, default=16, metavar="N", help="prompts taken from the file (default %(default)s)")
+    parser.add_argument("--limit", type=_positive, default=8, metavar="N", help="prompts taken from the file (default %(default)s)")
     parser.add_argument("--max-tokens", type=_positive, default=128, metavar="N", help="generated per prompt (default %(default)s)")
     parser.add_argument("--concurrency", type=_counts, default=[1, 8], metavar="N,N", help="requests in flight (default 1,8)")
-    parser.add_argument("--rounds", type=_positive, default=3, metavar="N", help="measured rounds (default %(default)s)")
+    parser.add_argument("--rounds", type=_positive, default=5, metavar="N", help="measured rounds (default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="request i has seed i (default %(default)s)")
     parser.add_argument("--start-timeout", type=float, default=600, metavar="S", help="seconds a server may take to load")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
