@@ -56,7 +56,7 @@ class Drafter:
         slots = layout.slots().flatten()
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache.write(0, slots, k.flatten(0, 1), v.flatten(0, 1))
+            self.cache.write(0, slots, k.flatten(0, 1), v.flatten(0, 1), layout.live)
             return tree_attention(q, self.cache.k[0], self.cache.v[0], layout, self._scale)
 
         positions = layout.positions.clamp(max=len(self.head.rope) - 1)

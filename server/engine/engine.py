@@ -100,8 +100,11 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Drop a request, in whatever state; its slot and blocks are free at once. Unknown ids are ignored."""
         request = self._requests.pop(request_id, None)
-        if request:
-            self.scheduler.remove(request)
+        if request is None:
+            return
+        if request in self.scheduler.running and request.prefilling:
+            self._clear(request)  # nobody has looked at its logits yet
+        self.scheduler.remove(request)
 
     @torch.inference_mode()
     def step(self) -> tuple[list[RequestOutput], StepStats]:
@@ -149,7 +152,7 @@ class Engine:
         stats.finished.append((output.finish_reason, request.times()))
 
     def _clear(self, request: Request) -> None:
-        """Zero what a failed request wrote: masked columns still spread a NaN."""
+        """Zero what a request wrote that failed or was never checked: masked columns still spread a NaN."""
         blocks = [PADDING_BLOCK, *self.pool.blocks(request.row)]
         self.steps.cache.clear(blocks)
         if self.steps.drafter:

@@ -18,8 +18,14 @@ class PagedTensors:
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k, v [T, kv heads, head size] at physical ``slots`` int64 [T]."""
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> None:
+        """Store k, v [T, kv heads, head size] at physical ``slots`` int64 [T].
+
+        Padding rows (``live`` [B, N] False) store zeros: others read the padding block, masked, but a mask does not stop a NaN.
+        """
+        if live is not None:
+            padding = ~live.flatten()[:, None, None]
+            k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
         self.k[layer].view(-1, *k.shape[1:])[slots] = k
         self.v[layer].view(-1, *v.shape[1:])[slots] = v
 

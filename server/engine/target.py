@@ -37,7 +37,7 @@ def paged_tree_attention(
     """transformers' attention signature: query [1, Hq, B * N, D], key and value [1, Hkv, B * N, D] -> [1, B * N, Hq, D]."""
     assert tree is not None, "this attention runs inside Target.forward only"
     layer = int(module.layer_idx)  # type: ignore[arg-type]
-    tree.cache.write(layer, tree.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
+    tree.cache.write(layer, tree.slots, key[0].transpose(0, 1), value[0].transpose(0, 1), tree.layout.live)
     rows = query[0].transpose(0, 1).unflatten(0, tree.layout.depth.shape)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = tree_attention(rows, tree.cache.k[layer], tree.cache.v[layer], tree.layout, scale, sliding_window, softcap)
@@ -136,8 +136,9 @@ def self_check(target: Target, block_size: int) -> None:
     )
     parent = torch.tensor([[0, 0, 0, 1]], device=device)
     ancestors, depth = tree_mask(parent, 2)
-    table = torch.arange(1, 5, device=device)[None]
-    cache = target.new_cache(5, block_size)
+    blocks = -(-(len(prefix) + size) // block_size)
+    table = torch.arange(1, blocks + 1, device=device)[None]
+    cache = target.new_cache(blocks + 1, block_size)
     length = torch.tensor([len(prefix)], device=device)
     chunk = TreeLayout(table, torch.zeros_like(length), torch.arange(len(prefix), device=device)[None], None, None, block_size, 0)
     target.forward(prefix[None].to(device), chunk, cache)
