@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from drafts.eagle3 import Eagle3Head
+from kernels.tree_mask import MAX_NODES
 from server.engine.budget import LoadRule, default_acceptance, measure_costs
 from server.engine.config import EngineConfig, EngineError
 from server.engine.drafter import Drafter, TreeShape
@@ -34,7 +35,7 @@ class Engine:
     def __init__(self, target: Target, head: Eagle3Head | None, tokenizer: PreTrainedTokenizerFast, config: EngineConfig) -> None:
         self.tokenizer, self.vocab_size = tokenizer, target.vocab_size
         self.max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
-        self.shape = TreeShape(config.tree_nodes, config.tree_depth, config.tree_topk) if head else TreeShape(1, 1, 1)
+        self.shape = _tree_shape(config) if head else TreeShape(1, 1, 1)
         max_slots = self.max_model_len + self.shape.lookahead
         bytes_per_token = target.kv_bytes_per_token + (
             head.config.num_key_value_heads * head.config.head_dim * 2 * target.dtype.itemsize if head else 0
@@ -164,6 +165,17 @@ class Engine:
         seconds = measure_costs(lambda batch, shape: self.steps.time_step(batch, shape, context), self.shape, max_batch)
         known = head.metadata.acceptance_length if head.metadata else {}
         return LoadRule(self.shape, seconds, known or default_acceptance(self.shape.nodes))
+
+
+def _tree_shape(config: EngineConfig) -> TreeShape:
+    """The largest tree; its verified and its drafted nodes must each fit one ancestor word."""
+    shape = TreeShape(config.tree_nodes, config.tree_depth, config.tree_topk)
+    if min(shape) < 1 or shape.lookahead > MAX_NODES:
+        raise EngineError(
+            f"tree_nodes {shape.nodes}, tree_depth {shape.depth} and tree_topk {shape.topk} were given; all must be at least 1, "
+            f"and tree_nodes and (tree_depth - 1) x tree_topk at most {MAX_NODES}"
+        )
+    return shape
 
 
 def _sigma(head: Eagle3Head | None, override: float | None) -> tuple[tuple[float, float], ...]:

@@ -73,8 +73,9 @@ def decode(
         output.append(token)
         logprobs.append(logits.log_softmax(-1))
         ids = [token]
-        stop = len(output) >= params.min_tokens and any(text in to_text(output) for text in params.stop)
-        if stop or token in params.stop_token_ids or (token in eos and not params.ignore_eos):
+        before, text = len(to_text(output[:-1])), to_text(output)
+        stopped = len(output) >= params.min_tokens and any(stop in text[max(0, before - len(stop) + 1) :] for stop in params.stop)
+        if stopped or token in params.stop_token_ids or (token in eos and not params.ignore_eos):
             return Decoded(output, logprobs, "stop")
         if len(output) >= params.max_tokens:
             return Decoded(output, logprobs, "length")

@@ -291,6 +291,14 @@ def test_what_can_never_run_is_refused(model: PreTrainedModel) -> None:
         build(model, kv_cache_memory=100)
 
 
+@pytest.mark.parametrize("shape", [(65, 5, 4), (0, 5, 4), (16, 0, 4), (16, 5, 0), (16, 18, 4)])
+def test_a_tree_that_does_not_fit_a_word_is_refused(shape: tuple[int, int, int], model: PreTrainedModel) -> None:
+    nodes, depth, topk = shape
+    with pytest.raises(EngineError, match=f"tree_nodes {nodes}, tree_depth {depth} and tree_topk {topk}.* at most 64"):
+        build(model, random_head(model), tree_nodes=nodes, tree_depth=depth, tree_topk=topk)
+    build(model, random_head(model), tree_nodes=64, tree_depth=17, tree_topk=4)
+
+
 def test_the_largest_request_that_is_accepted_runs(model: PreTrainedModel) -> None:
     engine = build(model, random_head(model), tree_nodes=12, tree_depth=5, tree_topk=4, kv_cache_memory=1_000_000 // 8)
     new = engine.max_request_tokens - 7
