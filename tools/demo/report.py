@@ -98,9 +98,10 @@ library_name: transformers
 ---
 # vsd-demo target
 
-A {parameters:.1f}M-parameter Llama ({layers} layers, hidden size {hidden}, {vocab} tokens, context {context}) trained from scratch by
+A Llama of {parameters:.1f}M parameters ({layers} layers, hidden size {hidden}, {vocab} tokens, context {context}) trained from scratch by
 `python -m tools.demo`, so that the server can be tried and tested without downloading anything. It tells simple stories, imitates
-grade-school arithmetic and writes Python-like text. It is a test model: it knows nothing and its arithmetic is wrong.
+grade-school arithmetic and writes Python-like text. It is a test model: it knows nothing, its arithmetic is wrong, and how often its
+greedy text loops is measured below.
 
 **Why this shape.** At this size a layer costs its fixed overhead and not its weights, and an EAGLE-3 draft head costs about one
 layer a draft level. A deep, narrow model therefore has the ratio of target cost to draft cost that large models have.
