@@ -69,10 +69,15 @@ class HeadMetadata:
 
 def rope_table(config: Eagle3Config) -> Tensor:
     """Cosines and signed sines of every position, [positions, 2, head_dim]; rotation is ``x * cos + roll(x, D / 2) * sin``."""
-    rotary = LlamaRotaryEmbedding(LlamaConfig(
-        hidden_size=config.hidden_size, num_attention_heads=config.num_attention_heads, head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings, rope_parameters=dict(config.rope_parameters),
-    ))
+    rotary = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=config.hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope_parameters),
+        )
+    )
     cos, sin = rotary(torch.empty(0), torch.arange(config.max_position_embeddings + DEEPEST_TREE)[None])
     sign = torch.ones(config.head_dim)
     sign[: config.head_dim // 2] = -1

@@ -26,7 +26,7 @@ class EngineConfig:
     max_num_seqs: int = 32
     tree_nodes: int = 16
     tree_depth: int = 5
-    tree_topk: int = 4
+    tree_topk: int = 6
     draft_temperature: float | None = None
     load_rule: bool = True
     block_size: int = 16

@@ -13,24 +13,46 @@ from drafts.checkpoint import DraftError, load_head, save_head, target_hash, tok
 from drafts.eagle3 import Eagle3Config, Eagle3Head, HeadMetadata
 
 TARGET = LlamaConfig(
-    vocab_size=50, hidden_size=32, intermediate_size=40, num_hidden_layers=10, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=10,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
     max_position_embeddings=64,
 )
 EMBEDDING = torch.randn(50, 32)
 NAMES = {
-    "fc.weight", "norm.weight", "lm_head.weight", "midlayer.input_layernorm.weight", "midlayer.hidden_norm.weight",
-    "midlayer.post_attention_layernorm.weight", "midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight",
-    "midlayer.self_attn.v_proj.weight", "midlayer.self_attn.o_proj.weight", "midlayer.mlp.gate_proj.weight",
-    "midlayer.mlp.up_proj.weight", "midlayer.mlp.down_proj.weight",
+    "fc.weight",
+    "norm.weight",
+    "lm_head.weight",
+    "midlayer.input_layernorm.weight",
+    "midlayer.hidden_norm.weight",
+    "midlayer.post_attention_layernorm.weight",
+    "midlayer.self_attn.q_proj.weight",
+    "midlayer.self_attn.k_proj.weight",
+    "midlayer.self_attn.v_proj.weight",
+    "midlayer.self_attn.o_proj.weight",
+    "midlayer.mlp.gate_proj.weight",
+    "midlayer.mlp.up_proj.weight",
+    "midlayer.mlp.down_proj.weight",
 }
 
 
 def make_head(**options: object) -> Eagle3Head:
     torch.manual_seed(0)
     shape = {"vocab_size": 50, "draft_vocab_size": 50, "target_hidden_size": 32, "hidden_size": 32} | options
-    head = Eagle3Head(Eagle3Config(
-        intermediate_size=40, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64, **shape,
-    ))
+    head = Eagle3Head(
+        Eagle3Config(
+            intermediate_size=40,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            **shape,
+        )
+    )
     if head.d2t is not None:
         head.d2t.copy_(torch.arange(head.config.draft_vocab_size))
     head.metadata = HeadMetadata(target_hash(TARGET), "tokens", "eagle3", {"accuracy": 0.5}, ((0.0, 0.4), (1.0, 0.7)), {1: 1.0, 16: 3.2})
@@ -95,10 +117,13 @@ def test_reduced_vocabulary_layout(tmp_path: Path) -> None:
     assert tensors["t2d"].nonzero().flatten().tolist() == list(range(0, 40, 2))
 
 
-@pytest.mark.parametrize("spelling", [
-    {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
-    {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
-])
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_parameters": None, "rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_theta": None, "rope_scaling": None, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
+    ],
+)
 def test_either_rope_spelling(saved: Path, spelling: dict) -> None:
     edit_config(saved, **spelling)
     loaded = load(saved)
@@ -127,19 +152,22 @@ def test_metadata_is_replaced_in_place(saved: Path) -> None:
     assert load(saved).metadata == metadata
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"target_hidden_size": 48}, "target hidden size 48, but the target has 32"),
-    ({"vocab_size": 60}, "vocabulary size 60, but the target has 50"),
-    ({"architectures": ["LlamaForCausalLM2"]}, "architecture LlamaForCausalLM2, but only LlamaForCausalLMEagle3"),
-    ({"hidden_act": "gelu"}, "hidden_act gelu, but only silu"),
-    ({"num_hidden_layers": 2}, "num_hidden_layers 2, but only 1"),
-    ({"intermediate_size": None}, "lacks intermediate_size"),
-    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE type dynamic, expected one of default"),
-    ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 5, 7]}}, r"layers \[2, 5, 7\], but only \[1, 4, 6\]"),
-    ({"vsd": {"objective": "eagle3"}}, "'vsd' entry .* is malformed"),
-    ({"draft_vocab_size": 20}, "lacks d2t"),
-    ({"intermediate_size": 44}, r"gate_proj.weight .* shape \[40, 32\], expected \[44, 32\]"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_hidden_size": 48}, "target hidden size 48, but the target has 32"),
+        ({"vocab_size": 60}, "vocabulary size 60, but the target has 50"),
+        ({"architectures": ["LlamaForCausalLM2"]}, "architecture LlamaForCausalLM2, but only LlamaForCausalLMEagle3"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu, but only silu"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers 2, but only 1"),
+        ({"intermediate_size": None}, "lacks intermediate_size"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "RoPE type dynamic, expected one of default"),
+        ({"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 5, 7]}}, r"layers \[2, 5, 7\], but only \[1, 4, 6\]"),
+        ({"vsd": {"objective": "eagle3"}}, "'vsd' entry .* is malformed"),
+        ({"draft_vocab_size": 20}, "lacks d2t"),
+        ({"intermediate_size": 44}, r"gate_proj.weight .* shape \[40, 32\], expected \[44, 32\]"),
+    ],
+)
 def test_a_configuration_that_does_not_fit(saved: Path, changes: dict, message: str) -> None:
     edit_config(saved, **changes)
     with pytest.raises(DraftError, match=message):

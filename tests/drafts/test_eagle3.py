@@ -16,9 +16,16 @@ HEADS, KV, DIM = 4, 2, 8
 def make_head(**options: object) -> Eagle3Head:
     torch.manual_seed(0)
     shape = {"vocab_size": 50, "draft_vocab_size": 50, "max_position_embeddings": 64, "target_hidden_size": 24} | options
-    head = Eagle3Head(Eagle3Config(
-        hidden_size=32, intermediate_size=40, num_attention_heads=HEADS, num_key_value_heads=KV, head_dim=DIM, **shape,
-    ))
+    head = Eagle3Head(
+        Eagle3Config(
+            hidden_size=32,
+            intermediate_size=40,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV,
+            head_dim=DIM,
+            **shape,
+        )
+    )
     for norm in (head.input_layernorm, head.hidden_norm, head.post_attention_layernorm, head.norm):
         torch.nn.init.normal_(norm, 1.0, 0.2)
     head.share_embedding(torch.randn(50, 32))
@@ -41,9 +48,14 @@ def published_forward(head: Eagle3Head, embeddings: Tensor, hidden: Tensor) -> T
     normed = norm(hidden, "midlayer.hidden_norm.weight")
     x = torch.cat((norm(embeddings, "midlayer.input_layernorm.weight"), normed), dim=-1)
     q, k, v = ((x @ w[f"midlayer.self_attn.{n}_proj.weight"].T).view(1, rows, -1, DIM).transpose(1, 2) for n in "qkv")
-    rotary = LlamaRotaryEmbedding(LlamaConfig(
-        hidden_size=32, num_attention_heads=HEADS, head_dim=DIM, rope_parameters=head.config.rope_parameters,
-    ))
+    rotary = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=32,
+            num_attention_heads=HEADS,
+            head_dim=DIM,
+            rope_parameters=head.config.rope_parameters,
+        )
+    )
     q, k = apply_rotary_pos_emb(q, k, *rotary(x, torch.arange(rows)[None]))
     k, v = k.repeat_interleave(HEADS // KV, 1), v.repeat_interleave(HEADS // KV, 1)
     scores = (q @ k.transpose(-1, -2) / DIM**0.5).masked_fill(torch.ones(rows, rows).triu(1).bool(), float("-inf"))
@@ -55,14 +67,25 @@ def published_forward(head: Eagle3Head, embeddings: Tensor, hidden: Tensor) -> T
     return norm(y, "norm.weight") if head.config.norm_output else y
 
 
-@pytest.mark.parametrize("options", [
-    {},
-    {"norm_before_residual": True},
-    {"norm_output": True},
-    {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
-    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                         "original_max_position_embeddings": 32}},
-])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_before_residual": True},
+        {"norm_output": True},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ],
+)
 def test_forward_is_the_published_one(options: dict) -> None:
     head = make_head(**options)
     tokens, hidden = torch.randint(50, (7,)), head.combine(torch.randn(7, 3 * 24))

@@ -110,9 +110,7 @@ def test_evaluate_writes_the_figures(monkeypatch: pytest.MonkeyPatch, target: Pa
 def test_evaluation_does_not_depend_on_concurrency(target: Path, trained: Path) -> None:
     sampling = SamplingParams(max_tokens=20, temperature=1.0, seed=3)
     prompts = [[5, 6], [7, 8, 9], [10]]
-    one, three = (
-        evaluate(measuring_engine(str(target), str(trained), "cpu", n, tree_nodes=8), prompts, sampling, n) for n in (1, 3)
-    )
+    one, three = (evaluate(measuring_engine(str(target), str(trained), "cpu", n, tree_nodes=8), prompts, sampling, n) for n in (1, 3))
     for key in ("acceptance_length", "acceptance_by_depth", "num_tokens"):
         assert one[key] == three[key]
 

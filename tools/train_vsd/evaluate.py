@@ -50,7 +50,9 @@ def acceptance(completions: Sequence[Completion]) -> dict[str, Any]:
     tokens = steps + np.array([s.num_accepted_tokens for s in stats])
     if not stats:
         return dict.fromkeys(("acceptance_length", "acceptance_length_per_prompt_mean"), 1.0) | {
-            "acceptance_length_ci95": [1.0, 1.0], "acceptance_by_depth": [], "num_steps": 0,
+            "acceptance_length_ci95": [1.0, 1.0],
+            "acceptance_by_depth": [],
+            "num_steps": 0,
         }
     by_depth = np.zeros(max(len(s.accepted_by_depth) for s in stats))
     for s in stats:
