@@ -358,7 +358,7 @@ def test_a_stop_string_inside_an_accepted_block(include: bool, model: PreTrained
     for first, length in ((1, 1), (4, 2), (7, 3), (11, 5)):
         stop = text[first : first + length]
         end = text.index(stop) + length
-        engine = build(model, random_head(model), tree_nodes=32, tree_depth=12)
+        engine = build(model, random_head(model), tree_nodes=32, tree_depth=12, tree_topk=4)
         guide = Guide(engine, {"0": PROMPTS[1] + tokens})
         guide.rng.random = lambda: 0.0  # type: ignore[method-assign]  # nothing but the truth
         [result] = run(engine, [(PROMPTS[1], replace(params, stop=("never", stop, "\x00"), include_stop_str_in_output=include))])

@@ -42,10 +42,10 @@ def test_it_picks_the_fastest_by_its_own_figures() -> None:
 
 
 def test_a_gain_within_the_error_of_the_prediction_is_not_taken() -> None:
-    acceptance = {1: 1.0, 16: 1.04}
+    acceptance = {1: 1.0, 16: budget.MIN_GAIN - 0.01}
     flat = {(1, 1): 1.0, (1, 16): 1.0}
     assert LoadRule(SHAPE, flat, acceptance).choose(1).nodes == 1
-    assert LoadRule(SHAPE, flat, {1: 1.0, 16: 1.06}).choose(1).nodes == 16
+    assert LoadRule(SHAPE, flat, {1: 1.0, 16: budget.MIN_GAIN + 0.01}).choose(1).nodes == 16
 
 
 def test_costs_between_and_beyond_measured_batches() -> None:
