@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from server.engine.drafter import TreeShape
 
-MIN_GAIN = 1.15  # predicted speed-up below which a step decodes plainly: start-up costs leave out what a step does outside the device
+MIN_GAIN = 1.25  # predicted speed-up below which a step decodes plainly: the prediction leaves out host work, up to a fifth of a step
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 _MEMORY = 0.98  # of the running acceptance estimate, per step
