@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools.demo.corpus import Document, load
 from tools.demo.model import demo_config, train_model
@@ -23,6 +23,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--prompts", type=Path, default=Path("build/demo/prompts.jsonl"), help="where the training prompts for a draft head are written"
     )
+    parser.add_argument("--continue-from", type=Path, metavar="DIR", help="a target that this tool wrote: train it further")
     parser.add_argument("--minutes", type=float, default=60, help="training time")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--context", type=int, default=1024, help="tokens")
@@ -60,6 +61,10 @@ def packed(stream: torch.Tensor, rows: int, context: int, seed: int) -> Iterator
             yield torch.stack([stream[s : s + context] for s in starts[i : i + rows]]).long()
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
+
+
 def write_prompts(path: Path, documents: list[Document]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unique = dict.fromkeys((document.domain, document.prompt) for document in documents if document.prompt)
@@ -74,8 +79,13 @@ def main() -> None:
     device = torch.device(args.device)
     train, held_out = load(args.corpus, args.seed)
     write_prompts(args.prompts, train)
-    texts = (document.text or "\n".join(content for _, content in document.messages) for document in dict.fromkeys(train))
-    tokenizer = train_tokenizer(texts, args.vocab_size, args.context)
+    if args.continue_from:
+        tokenizer = AutoTokenizer.from_pretrained(args.continue_from)
+        model = LlamaForCausalLM.from_pretrained(args.continue_from, dtype=torch.float32)
+    else:
+        texts = (document.text or "\n".join(content for _, content in document.messages) for document in dict.fromkeys(train))
+        tokenizer = train_tokenizer(texts, args.vocab_size, args.context)
+        model = LlamaForCausalLM(demo_config(tokenizer, args.context))
     tokenizer.save_pretrained(args.output)
     stream = torch.tensor([i for _, ids in encode(train, tokenizer) for i in ids], dtype=torch.int32)
     print(f"{len(train)} documents, {len(stream) / 1e6:.2f}M tokens in the mix, {len(held_out)} documents held out", flush=True)
@@ -84,12 +94,14 @@ def main() -> None:
         model.save_pretrained(args.output.parent / (args.output.name + ".checkpoint"))
 
     batches = packed(stream, args.batch, args.context, args.seed)
-    model, tokens = train_model(demo_config(tokenizer, args.context), batches, args.minutes, device, checkpoint)
+    tokens = train_model(model.to(device), batches, args.minutes, checkpoint)
+    # kept in config.json, so that a run that continues this one can state the whole of the training
+    history = getattr(model.config, "trained_on", []) + [{"tokens": tokens, "minutes": args.minutes, "device": device_name(device)}]
+    model.config.trained_on = history
     model.to(torch.bfloat16).save_pretrained(args.output)
     saved = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32)
     losses = held_out_loss(saved, encode(held_out, tokenizer), args.context)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU cores"
-    write_card(args.output / "README.md", saved, tokenizer, held_out, losses, tokens, args.minutes, where)
+    write_card(args.output / "README.md", saved, tokenizer, held_out, losses, history)
     print({domain: round(loss, 3) for domain, loss in losses.items()})
 
 

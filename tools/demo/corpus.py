@@ -104,7 +104,7 @@ def _dedent(code: str, indent: str) -> str:
 SOURCES = (
     Source("stories", "tinystories_sample.jsonl.gz", 1.0, _stories),
     Source("stories", "stories_african_storybook.jsonl.gz", 1.0, _stories),
-    Source("books", "books_standardebooks.jsonl.gz", 0.25, _books),
+    Source("books", "books_standardebooks.jsonl.gz", 0.1, _books),
     Source("math", "gsm8k_train.jsonl.gz", 2.0, _gsm8k),
     Source("python", "python_permissive.jsonl.gz", 0.3, _python_files),
     Source("functions", "python_permissive.jsonl.gz", 2.0, _python_functions),

@@ -63,21 +63,16 @@ def _rate(progress: float) -> float:
     return min(1.0, progress / 0.02, 2 * (1 - progress))
 
 
-def train_model(
-    config: LlamaConfig,
-    batches: Iterator[Tensor],
-    minutes: float,
-    device: torch.device,
-    checkpoint: Callable[[LlamaForCausalLM], None],
-) -> tuple[LlamaForCausalLM, int]:
-    """Train for ``minutes`` of wall time on ``batches`` (int64 [rows, context]); return the model and the tokens seen."""
-    model = LlamaForCausalLM(config).to(device).train()
+def train_model(model: LlamaForCausalLM, batches: Iterator[Tensor], minutes: float, checkpoint: Callable[[LlamaForCausalLM], None]) -> int:
+    """Train ``model`` for ``minutes`` of wall time on ``batches`` (int64 [rows, context]); return the tokens seen."""
+    model.train()
+    device = model.device
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimisers = [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)]
     base_rates = [0.02, 3e-3]
     tokens, start, last_checkpoint = 0, time.monotonic(), time.monotonic()
-    smoothed = math.log(config.vocab_size)
+    smoothed = math.log(model.config.vocab_size)
     with tqdm(total=round(minutes * 60), unit="s", desc="training", mininterval=5) as bar:
         while (elapsed := time.monotonic() - start) < minutes * 60:
             batch = next(batches).to(device)
@@ -97,4 +92,5 @@ def train_model(
             if time.monotonic() - last_checkpoint > 300:
                 checkpoint(model)
                 last_checkpoint = time.monotonic()
-    return model.eval(), tokens
+    model.eval()
+    return tokens

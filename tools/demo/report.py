@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -50,11 +51,9 @@ def write_card(
     tokenizer: PreTrainedTokenizerFast,
     held_out: list[Document],
     losses: dict[str, float],
-    tokens: int,
-    minutes: float,
-    device: str,
+    history: list[dict[str, Any]],
 ) -> None:
-    """Write the model card with figures measured on the saved weights."""
+    """Write the model card with figures measured on the saved weights. ``history``: tokens, minutes and device of each run."""
     prompts = _prompts_by_domain(held_out, 8)
     rows, samples = [], []
     for domain, texts in prompts.items():
@@ -72,9 +71,7 @@ def write_card(
             hidden=model.config.hidden_size,
             vocab=model.config.vocab_size,
             context=model.config.max_position_embeddings,
-            tokens=tokens / 1e6,
-            minutes=minutes,
-            device=device,
+            runs=", then ".join(f"{run['tokens'] / 1e6:.1f}M tokens in {run['minutes']:.0f} minutes on {run['device']}" for run in history),
             losses="\n".join(loss_rows),
             loops="\n".join(rows),
             samples="\n\n".join(samples),
@@ -107,8 +104,8 @@ greedy text loops is measured below.
 layer a draft level. A deep, narrow model therefore has the ratio of target cost to draft cost that large models have.
 
 ## Training
-{tokens:.1f}M tokens in {minutes:.0f} minutes on {device}; Muon for matrices, AdamW for the rest; saved as bfloat16. Run the same
-command with more minutes, or on a GPU, for a better one.
+{runs}; Muon for matrices, AdamW for the rest; saved as bfloat16. The command with more minutes, on a GPU, or with
+`--continue-from`, gives a better one.
 
 Data and licences: Standard Ebooks children's books (public domain, CC0), African Storybook (CC BY), TinyStories (CDLA-Sharing-1.0,
 no condition on models), GSM8K train (MIT), Python source of TheAlgorithms/Python, keon/algorithms, rich, more-itertools (MIT),
