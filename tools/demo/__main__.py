@@ -96,7 +96,7 @@ def main() -> None:
     batches = packed(stream, args.batch, args.context, args.seed)
     tokens = train_model(model.to(device), batches, args.minutes, checkpoint)
     # kept in config.json, so that a run that continues this one can state the whole of the training
-    history = getattr(model.config, "trained_on", []) + [{"tokens": tokens, "minutes": args.minutes, "device": device_name(device)}]
+    history = [*getattr(model.config, "trained_on", []), {"tokens": tokens, "minutes": args.minutes, "device": device_name(device)}]
     model.config.trained_on = history
     model.to(torch.bfloat16).save_pretrained(args.output)
     saved = LlamaForCausalLM.from_pretrained(args.output, dtype=torch.float32)
