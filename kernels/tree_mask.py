@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -43,12 +45,14 @@ def tree_mask_triton(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
     ancestors = parent.new_empty((batch, nodes) if words == 1 else (batch, nodes, words))
     depth = torch.empty_like(parent)
     block = triton.next_power_of_2(nodes)
-    _tree_mask_kernel[(batch,)](parent, ancestors, depth, nodes, words, _rounds(max_depth), block, num_warps=max(1, block // 32))
+    tree_mask_kernel[(batch,)](parent, ancestors, depth, nodes, words, _rounds(max_depth), block, num_warps=max(1, block // 32))
     return ancestors, depth
 
 
 @jit
-def _tree_mask_kernel(parent, ancestors, depth, count, WORDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr):
+def tree_mask_kernel(
+    parent: Any, ancestors: Any, depth: Any, count: Any, WORDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
     """Each round doubles how far every node sees; the words are doubled one after the other, over the same jumps."""
     node = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64) * count + node
