@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -51,7 +49,7 @@ def tree_mask_triton(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
 
 @jit
 def tree_mask_kernel(
-    parent: Any, ancestors: Any, depth: Any, count: Any, WORDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
+    parent: tl.tensor, ancestors: tl.tensor, depth: tl.tensor, count: tl.tensor, WORDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
 ) -> None:
     """Each round doubles how far every node sees; the words are doubled one after the other, over the same jumps."""
     node = tl.arange(0, BLOCK)
