@@ -49,8 +49,9 @@ def tree_mask_triton(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
 
 @jit
 def tree_mask_kernel(
-    parent: tl.tensor, ancestors: tl.tensor, depth: tl.tensor, count: tl.tensor, WORDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr
-) -> None:
+    parent: tl.tensor, ancestors: tl.tensor, depth: tl.tensor, count: tl.tensor,
+    WORDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """Each round doubles how far every node sees; the words are doubled one after the other, over the same jumps."""
     node = tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64) * count + node
