@@ -210,7 +210,7 @@ def tile_offsets(
     blocks = tl.load(table + columns // BLOCK_SIZE, mask=written, other=None if written is None else 0)
     slots = blocks * BLOCK_SIZE + columns % BLOCK_SIZE
     loaded = None if written is None else written[:, None]
-    if SIZE != size.shape[0]:
+    if size.shape[0] != SIZE:
         inside = (size < SIZE)[None, :]
         loaded = inside if loaded is None else loaded & inside
     return slots[:, None] * (KV_HEADS * SIZE) + size[None, :], loaded
