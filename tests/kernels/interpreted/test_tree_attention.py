@@ -118,7 +118,7 @@ def test_half_precision() -> None:
 def test_neighbours_change_no_bit(chunk: bool) -> None:
     """A request alone and beside longer ones: the same bits, whether or not its batch has more splits."""
     contexts = [100, 700, 9]
-    ancestors, depth = (None, torch.arange(6).expand(3, -1)) if chunk else words([[0, 0, 1, 1, 2, 5]] * 3)
+    ancestors, depth = (None, torch.arange(6).expand(3, -1)) if chunk else words([[0, 0, 1, 1, 2, 4]] * 3)
     case = Case.make(contexts, depth, ancestors, heads=(2, 1))
     together = case.run()
     for i, context in enumerate(contexts):
