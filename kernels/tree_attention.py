@@ -157,7 +157,8 @@ def tree_attention_kernel(
     tail = begin + tl.maximum(tl.minimum(end, context) - begin, 0) // COLUMNS * COLUMNS
     for start in range(begin, tail, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        offset, loaded = tile_offsets(table, columns, None, size, KV_HEADS, SIZE, BLOCK_SIZE)
+        offset = row_offsets(table, columns, None, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
+        loaded = None if SIZE == PADDED_SIZE else (size < SIZE)[None, :]
         visible = None if WINDOW is None else columns[None, :] >= oldest[:, None]
         keys, values = tl.load(k_cache + offset, mask=loaded), tl.load(v_cache + offset, mask=loaded)
         highest, total, sums = attend(queries, keys, values, visible, highest, total, sums, scale, inner_scale)
@@ -178,7 +179,8 @@ def tree_attention_kernel(
         if WINDOW is not None:
             node_depth = tl.load(depth + request * depth_stride + node, mask=(node >= 0) & (node < rows), other=0).to(tl.int32)
             visible &= tl.where(node < 0, columns, context + node_depth)[None, :] >= oldest[:, None]
-        offset, loaded = tile_offsets(table, columns, written, size, KV_HEADS, SIZE, BLOCK_SIZE)
+        offset = row_offsets(table, columns, written, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
+        loaded = written[:, None] & (size < SIZE)[None, :]
         keys, values = tl.load(k_cache + offset, mask=loaded, other=0.0), tl.load(v_cache + offset, mask=loaded, other=0.0)
         highest, total, sums = attend(queries, keys, values, visible, highest, total, sums, scale, inner_scale)
 
@@ -202,18 +204,12 @@ def split_columns(
 
 
 @jit
-def tile_offsets(
-    table: tl.tensor, columns: tl.tensor, written: tl.tensor, size: tl.tensor,
-    KV_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-) -> tl.tensor:  # fmt: skip
-    """Offsets [columns, size] of one head's rows, and which of them to load: those ``written``, None for all."""
+def row_offsets(
+    table: tl.tensor, columns: tl.tensor, written: tl.tensor, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr
+) -> tl.tensor:
+    """Where the cache's rows of ``WIDTH`` elements begin, int64 [columns]; only ``written`` ones are looked up, None: all are."""
     blocks = tl.load(table + columns // BLOCK_SIZE, mask=written, other=None if written is None else 0)
-    slots = blocks * BLOCK_SIZE + columns % BLOCK_SIZE
-    loaded = None if written is None else written[:, None]
-    if size.shape[0] != SIZE:
-        inside = (size < SIZE)[None, :]
-        loaded = inside if loaded is None else loaded & inside
-    return slots[:, None] * (KV_HEADS * SIZE) + size[None, :], loaded
+    return (blocks * BLOCK_SIZE + columns % BLOCK_SIZE) * WIDTH
 
 
 @jit
