@@ -91,7 +91,9 @@ def tree_attention_triton(
     partial = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
     lse = None if splits == 1 else partial.new_empty(partial.shape[:-1])
     ancestors, live = (None if part is None else part.contiguous() for part in (layout.ancestors, layout.live))
-    words = 0 if ancestors is None else ancestors[0, 0].numel()
+    if ancestors is not None:
+        ancestors = ancestors.view(torch.int32)  # comparing single bits of two halves takes fewer registers
+    words = 0 if ancestors is None else ancestors[0].numel() // rows
     row_tiles = triton.cdiv(rows * (heads // kv_heads), tiles.rows)
     tree_attention_kernel[row_tiles * kv_heads, splits, batch](
         q, k_cache, v_cache, layout.block_tables, layout.context_lens, layout.depth, ancestors, live, sinks, partial, lse,
@@ -214,14 +216,13 @@ def row_offsets(
 
 @jit
 def is_ancestor(words: tl.tensor, node: tl.tensor, is_live: tl.tensor, WORDS: tl.constexpr) -> tl.tensor:
-    """Whether ``node`` [columns] is among the ancestors of each row, whose words are at ``words`` [rows]."""
-    found = (node < 0)[None, :] & (node >= 0)[None, :]
+    """Whether ``node`` [columns] is among the ancestors of each row, whose int32 words are at ``words`` [rows]."""
+    found = tl.zeros([words.shape[0], node.shape[0]], tl.int32)
     for word in tl.static_range(WORDS):
-        bits = tl.load(words + word, mask=is_live, other=0)
-        place = node - 64 * word
-        bit = (bits[:, None] >> tl.minimum(tl.maximum(place, 0), 63)[None, :]) & 1
-        found = found | ((bit != 0) & ((place >= 0) & (place < 64))[None, :])
-    return found
+        place = node - 32 * word
+        bit = tl.where((place >= 0) & (place < 32), 1 << tl.minimum(tl.maximum(place, 0), 31), 0)
+        found |= tl.load(words + word, mask=is_live, other=0)[:, None] & bit[None, :]
+    return found != 0
 
 
 @jit
