@@ -7,9 +7,10 @@ from tqdm import tqdm
 
 from server.engine.drafter import TreeShape
 
-MIN_GAIN = 1.25  # predicted speed-up below which a step decodes plainly: the prediction leaves out host work, up to a fifth of a step
+MIN_GAIN = 1.1  # predicted speed-up below which a step decodes plainly: predictions err by some percent
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
+TURN_SECONDS, MAX_TURNS = 1.0, 5  # per batch size
 _MEMORY = 0.98  # of the running acceptance estimate, per step
 
 
@@ -63,26 +64,30 @@ def default_acceptance(nodes: int) -> dict[int, float]:
 
 
 def measure_costs(run: Callable[[int, TreeShape], float], shape: TreeShape, max_batch: int) -> dict[tuple[int, int], float]:
-    """Time whole steps at every batch and tree size (powers of two); ``run(batch, shape)`` does one and returns its seconds.
+    """Time steps at every batch and tree size (powers of two); ``run(batch, shape)`` does one and returns its seconds.
 
-    A tree that costs more than its nodes could ever commit is never worth it, nor is a larger one, nor the same one at a larger
-    batch: those are not run and count as infinite. Nor are trees run once MEASURING_SECONDS are spent.
+    Tree sizes take turns, so that another program's burst of work hits them all, and the best of a few turns counts. A tree that
+    costs more than its nodes could ever commit is never worth it, nor is a larger one, nor the same one at a larger batch: those
+    are not run again and count as infinite. Nor are trees run once MEASURING_SECONDS are spent.
     """
     seconds: dict[tuple[int, int], float] = {}
-    hopeless, spent = shape.nodes + 1, 0.0
+    sizes, spent = powers_of_two(shape.nodes), 0.0
     for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
-        for nodes in powers_of_two(shape.nodes):
-            if nodes > 1 and (nodes >= hopeless or spent > MEASURING_SECONDS):
-                seconds[batch, nodes] = math.inf
-                continue
-            smaller = shape.shrunk(nodes)
-            times = [run(batch, smaller)]
-            while len(times) < 5 and sum(times) < 0.5:
-                times.append(run(batch, smaller))
-            spent += sum(times)
-            seconds[batch, nodes] = min(times)
-            if nodes > 1 and seconds[batch, nodes] > (smaller.depth + 1) * seconds[batch, 1]:
-                hopeless = nodes
+        seconds.update({(batch, nodes): math.inf for nodes in powers_of_two(shape.nodes)})
+        until = spent + TURN_SECONDS
+        for _ in range(MAX_TURNS):
+            for nodes in sizes:
+                if nodes > 1 and spent > MEASURING_SECONDS:
+                    break
+                smaller = shape.shrunk(nodes)
+                taken = run(batch, smaller)
+                spent += taken
+                seconds[batch, nodes] = min(seconds[batch, nodes], taken)
+                if nodes > 1 and taken > (smaller.depth + 1) * seconds[batch, 1]:
+                    break
+            if spent > until:
+                break
+        sizes = [nodes for nodes in sizes if nodes == 1 or seconds[batch, nodes] <= (shape.shrunk(nodes).depth + 1) * seconds[batch, 1]]
     return seconds
 
 

@@ -1,5 +1,6 @@
 """The engine: requests come in, every step drafts, verifies and commits for all that run."""
 
+import itertools
 import logging
 import random
 import time
@@ -47,10 +48,12 @@ class Engine:
         self.scheduler = Scheduler(self.pool, self.shape.lookahead)
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
         self.steps = Steps(target, drafter, self.pool, target.new_cache(blocks, config.block_size), _sigma(head, config.draft_temperature))
-        self.load_rule = self._measure(head, config.max_num_seqs) if head and config.load_rule else None
         self._eos_token_ids = _eos_token_ids(target, tokenizer)
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
+        self.load_rule: LoadRule | None = None
+        if head and config.load_rule:
+            self.load_rule = self._measure(head, config.max_num_seqs)
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "Engine":
@@ -160,11 +163,26 @@ class Engine:
             self.steps.drafter.cache.clear(blocks)
 
     def _measure(self, head: Eagle3Head, max_batch: int) -> LoadRule:
-        """Time whole steps at start-up: the table that decides how many nodes a load can afford."""
-        context = min(128, self.max_model_len)
-        seconds = measure_costs(lambda batch, shape: self.steps.time_step(batch, shape, context), self.shape, max_batch)
+        """Time whole steps of requests made for it: the table that decides how many nodes a load can afford."""
+        full, prompt = self.shape, [0] * min(16, self.max_request_tokens - 1)
+        params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=0.0, seed=0, ignore_eos=True)
+        names = (f"measurement-{i}" for i in itertools.count())
+
+        def run(batch: int, shape: TreeShape) -> float:
+            self.shape = shape
+            if len(self._requests) < batch:
+                for _ in range(batch - len(self._requests)):
+                    self.add_request(next(names), prompt, params)
+                while self.step()[1].prompt_tokens:
+                    pass
+            return self.step()[1].seconds
+
+        seconds = measure_costs(run, full, max_batch)
+        self.shape = full
+        for request_id in list(self._requests):
+            self.abort(request_id)
         known = head.metadata.acceptance_length if head.metadata else {}
-        return LoadRule(self.shape, seconds, known or default_acceptance(self.shape.nodes))
+        return LoadRule(full, seconds, known or default_acceptance(full.nodes))
 
 
 def _tree_shape(config: EngineConfig) -> TreeShape:

@@ -110,15 +110,29 @@ def test_measuring_runs_every_size_and_skips_the_hopeless(monkeypatch: pytest.Mo
 
     def run(batch: int, shape: TreeShape) -> float:
         ran.append((batch, shape.nodes))
-        return 0.01 * batch * (1 if shape.nodes < 8 else 100)
+        return 0.001 * batch * (1 if shape.nodes < 8 else 100)
 
     seconds = measure_costs(run, SHAPE, 6)
     assert set(seconds) == {(batch, nodes) for batch in (1, 2, 4, 6) for nodes in (1, 2, 4, 8, 16)}
-    assert seconds[1, 4] == pytest.approx(0.01)
+    assert seconds[1, 4] == pytest.approx(0.001)
+    assert ran.count((1, 4)) == budget.MAX_TURNS
+    assert seconds[1, 8] == pytest.approx(0.1), "measured, and never the fastest"
     assert math.isinf(seconds[1, 16])
     assert (1, 16) not in ran
     assert all(math.isfinite(seconds[batch, nodes]) for batch in (1, 2, 4, 6) for nodes in (1, 2, 4))
+    assert math.isinf(seconds[2, 8]), "at one request it never paid"
     monkeypatch.setattr(budget, "MEASURING_SECONDS", 0.0)
     seconds = measure_costs(run, SHAPE, 6)
     assert all(math.isfinite(seconds[batch, 1]) for batch in (1, 2, 4, 6))
     assert math.isinf(seconds[6, 2])
+
+
+def test_a_burst_of_other_work_hits_no_single_size() -> None:
+    steps = 0
+
+    def run(batch: int, shape: TreeShape) -> float:
+        nonlocal steps
+        steps += 1
+        return 0.001 * (50 if 3 <= steps <= 7 else 1)  # five slow steps in a row
+
+    assert set(measure_costs(run, SHAPE, 1).values()) == {0.001}
