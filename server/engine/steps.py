@@ -76,7 +76,8 @@ class Steps:
         logits, features = self.target.forward(tree.tokens.clamp(min=0), layout, self.cache)
         logits = logits.unflatten(0, tree.tokens.shape)
         verdict, healthy = _verify(tree, shape.depth, logits, options, noise)
-        if tree.tokens.shape[1] > 1:
+        if self.drafter is not None and tree.tokens.shape[1] > 1:
+            stats.draft_levels, stats.tree_nodes = self.drafter.levels, tree.tokens.shape[1]
             kv_commit(self.cache.k, self.cache.v, tables, context_lens, verdict.path)
             for request, accepted in zip(requests, verdict.num_accepted.tolist(), strict=True):
                 request.speculation.record(tree.tokens.shape[1] - 1, accepted, shape.depth)
