@@ -36,7 +36,7 @@ def tree_attention_reference(
     """``tree_attention`` in plain PyTorch."""
     batch, rows, heads, size = q.shape
     kv_heads = k_cache.shape[2]
-    blocks = layout.block_tables[:, : layout.num_blocks()].flatten()
+    blocks = layout.block_tables[:, : layout.num_blocks].flatten()
     # Whole blocks as flat rows: the copy is one memcpy per block.
     keys = k_cache.flatten(1).index_select(0, blocks).view(batch, -1, kv_heads, size).transpose(1, 2)  # [B, Hkv, L, D]
     values = v_cache.flatten(1).index_select(0, blocks).view(batch, -1, kv_heads, size).transpose(1, 2)

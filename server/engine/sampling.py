@@ -73,8 +73,3 @@ def batch_noise(requests: list[Request], depths: int, vocab_size: int, device: t
     noise = torch.zeros(len(requests), depths, vocab_size, device=device)
     noise[sampled] = drawn
     return noise
-
-
-def greedy_options(batch: int, device: torch.device) -> SamplingBatch:
-    """Options of ``batch`` requests that use none."""
-    return SamplingBatch(torch.ones(batch, device=device), None, None, None, None)

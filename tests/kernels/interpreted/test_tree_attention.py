@@ -36,7 +36,7 @@ class Case:
         for request, context in enumerate(contexts):
             logical = torch.arange(context + first_column)[None]
             written[physical_slots(tables[request, None], logical, block_size)] = True
-        written[layout.slots().flatten()] = True
+        written[layout.slots.flatten()] = True
         written[0] = False  # what padding rows write is not theirs to see either
         for cache in (k, v):
             cache.view(-1, heads[1], size)[~written] = torch.nan
