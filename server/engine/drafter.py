@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from drafts.eagle3 import Eagle3Head
+from kernels.noise import Noise
 from kernels.sampling import SamplingBatch, apply_options
 from kernels.tree_attention import TreeLayout, tree_attention
 from kernels.tree_mask import tree_mask
@@ -73,16 +74,18 @@ class Drafter:
 
     def grow(
         self, rows: Tensor, roots: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape,
-        options: SamplingBatch, noise: Tensor | None, sigma: Tensor,
+        options: SamplingBatch, noise: Noise | None, sigma: Tensor,
     ) -> Tree:  # fmt: skip
         """One tree per request (EAGLE-2): expand the best ``topk`` nodes of every level, keep the best ``nodes`` - 1 of all.
 
         A node's score is the product over its path of softmax((log q + noise) / sigma), the drafted survival probability: with the
-        request's own noise (depth d of ``noise`` [B, >= depth, V]) the draft guesses the very token that verification will draw.
+        request's own noise the draft guesses the very token that verification will draw.
         roots int64 [B]: last committed tokens; sigma float32 [B]: drafting temperatures.
         """
         batch, topk = len(rows), shape.topk
-        draft_noise = noise if noise is None or self._target_ids is None else noise[:, :, self._target_ids]
+        draft_noise = None if noise is None else noise.values
+        if draft_noise is not None and self._target_ids is not None:
+            draft_noise = draft_noise[:, :, self._target_ids]
         hidden = self.state[rows][:, None]
         scores, tokens = self._children(hidden, draft_noise, 0, topk, options, sigma)
         pool = [(scores.flatten(1), tokens.flatten(1), torch.zeros_like(tokens.flatten(1)))]
