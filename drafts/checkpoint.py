@@ -7,11 +7,13 @@ everything that could make a head silently useless and refuses in one sentence t
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -84,6 +86,18 @@ def write_metadata(path: str | Path, metadata: HeadMetadata) -> None:
     _write_json(path / "config.json", _read_json(path) | _metadata_to_json(metadata))
 
 
+def find_head(name: str | Path) -> Path:
+    """The directory ``name``; where there is none and ``name`` could be a hub id (owner/name), its copy in the hub's cache."""
+    path = Path(name)
+    if path.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return path
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["config.json", "model.safetensors"]))
+    except (OSError, ValueError) as error:  # what the hub's own errors derive from
+        reason = str(error).strip().splitlines()[0]
+        raise DraftError(f"The draft head {name} is not a directory, and the model hub did not give it: {reason}") from None
+
+
 def load_head(
     path: str | Path,
     target_config: PreTrainedConfig,
@@ -93,11 +107,11 @@ def load_head(
     device: torch.device | str,
     dtype: torch.dtype,
 ) -> Eagle3Head:
-    """The head at the local directory ``path``, ready to serve the target whose input table is ``embedding`` [V, H_t].
+    """The head at ``path``, a directory or hub id, ready to serve the target whose input table is ``embedding`` [V, H_t].
 
     Raises DraftError when the head is missing, damaged, or made for another target or tokenizer. Pickled weights are refused.
     """
-    path = Path(path)
+    path = find_head(path)
     raw = _read_json(path)
     config = _config_from_json(path, raw, target_config.get_text_config())
     metadata = _metadata_from_json(path, raw)

@@ -20,7 +20,8 @@ from kernels.draft_level import draft_level
 from kernels.kv_commit import kv_commit
 from kernels.noise import Noise, NoiseKey
 from kernels.sampling import Filters, SamplingBatch
-from kernels.tree_attention import TreeLayout, tree_attention
+from kernels.tree_attention import tree_attention
+from kernels.tree_layout import TreeLayout
 from kernels.tree_mask import tree_mask
 from kernels.tree_verify import tree_verify
 

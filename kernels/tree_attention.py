@@ -1,6 +1,7 @@
 """Attention of new rows over a paged KV cache, with a tree or causal mask on the newest columns."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -27,43 +28,60 @@ class TreeLayout:
     first_column: int = 0  # new rows start so many slots after the context; before them lie earlier rows of the same tree (drafting)
     _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """int64 [B, N]"""
         return self.context_lens[:, None] + self.depth
 
+    @cached_property
     def slots(self) -> Tensor:
         """Physical slots of the new rows, int64 [B, N]; padding rows map to slot 0."""
         rows = torch.arange(self.depth.shape[1], device=self.depth.device) + self.first_column
         slots = physical_slots(self.block_tables, self.context_lens[:, None] + rows, self.block_size)
         return slots if self.live is None else torch.where(self.live, slots, 0)
 
+    @cached_property
+    def columns(self) -> Tensor:
+        """Columns of the first ``num_blocks`` blocks, counted from the end of each context, int64 [B, L]: negative ones are committed."""
+        columns = torch.arange(self.num_blocks * self.block_size, device=self.depth.device)
+        return columns - self.context_lens[:, None]
+
+    @cached_property
     def num_blocks(self) -> int:
         """Blocks per request that hold any visible column."""
         return -(-(self.max_context + self.first_column + self.depth.shape[1]) // self.block_size)
 
+    def part(self, first: int, count: int, ancestors: Tensor) -> "TreeLayout":
+        """Rows ``first`` to ``first + count`` alone, the rows before them being in the cache already; ancestors int64 [B, count]."""
+        rows = slice(first, first + count)
+        part = TreeLayout(
+            self.block_tables, self.context_lens, self.depth[:, rows], ancestors, None, self.block_size, self.max_context, first
+        )
+        part.slots, part.columns, part.num_blocks = self.slots[:, rows], self.columns, self.num_blocks
+        return part
+
     def mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
         """Additive mask [B, 1, group * N, L] over the columns of the first ``num_blocks`` blocks, built once for all layers of a kind."""
         if (window, group) not in self._masks:
-            mask = torch.zeros((), dtype=dtype, device=self.depth.device).where(self._visible(window), float("-inf"))
-            self._masks[window, group] = mask[:, None].repeat(1, 1, group, 1)
+            visible = self._visible(window)
+            mask = torch.zeros((), dtype=dtype, device=visible.device).where(visible, float("-inf"))
+            self._masks[window, group] = mask[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
         return self._masks[window, group]
 
     def _visible(self, window: int | None) -> Tensor:
-        columns = torch.arange(self.num_blocks() * self.block_size, device=self.depth.device)
-        node = columns - self.context_lens[:, None]  # [B, L], negative: committed context
-        count = self.first_column + self.depth.shape[1]
+        node = self.columns
         if self.ancestors is None:
             rows = torch.arange(self.depth.shape[1], device=self.depth.device)
-            visible = node[:, None, :] <= rows[:, None]
+            visible = node[:, None] <= rows[:, None]
         else:
-            bits = (self.ancestors[:, :, None] >> node.clamp(0, 63)[:, None, :]) & 1
-            visible = (node < 0)[:, None, :] | ((bits == 1) & ((node >= 0) & (node < count))[:, None, :])
+            # Words have no bit beyond the last row; a shift past the word reads its last bit, which 64 rows may set.
+            bits = (self.ancestors[:, :, None] >> node.clamp(0, 63)[:, None]) & (node < 64)[:, None]
+            visible = bits.bool() | (node < 0)[:, None]
         if window is not None:
             # A column's position: its slot in the context, context + depth among the new rows.
             depth = self.depth.gather(1, node.clamp(0, self.depth.shape[1] - 1))
-            position = torch.where(node < 0, columns, self.context_lens[:, None] + depth)
-            visible = visible & (position[:, None, :] > (self.positions - window)[:, :, None])
+            position = self.context_lens[:, None] + torch.where(node < 0, node, depth)
+            visible = visible & (position[:, None] > (self.positions - window)[:, :, None])
         return visible
 
 
@@ -88,7 +106,7 @@ def tree_attention(
     """
     batch, rows, heads, size = q.shape
     kv_heads = k_cache.shape[2]
-    blocks = layout.block_tables[:, : layout.num_blocks()].flatten()
+    blocks = layout.block_tables[:, : layout.num_blocks].flatten()
     # Whole blocks as flat rows: the copy is one memcpy per block.
     keys = k_cache.flatten(1).index_select(0, blocks).view(batch, -1, kv_heads, size).transpose(1, 2)  # [B, Hkv, L, D]
     values = v_cache.flatten(1).index_select(0, blocks).view(batch, -1, kv_heads, size).transpose(1, 2)

@@ -1,16 +1,100 @@
-"""The load rule: how many nodes a step may verify, from measured step costs and expected acceptance."""
+"""The load rule: how much a step may draft, from measured step costs and observed acceptance."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from server.engine.drafter import TreeShape
 
-MIN_GAIN = 1.25  # predicted speed-up below which a step decodes plainly: the prediction leaves out host work, up to a fifth of a step
-_UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
+MIN_GAIN = 1.05  # speed-up over plain decoding below which a step decodes plainly: estimates err by some percent
+OPTIMISM = 1.15  # of the first estimate: it knows fixed trees alone, and a rule that never drafts never learns
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
-_MEMORY = 0.98  # of the running acceptance estimate, per step
+TURN_SECONDS, MAX_TURNS = 1.0, 5  # per batch size
+_UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
+_MEMORY = 0.98  # of the running estimates, per observed request
+_FORGETTING = 1e-3  # per plain step: speculation is tried again
+
+
+class StepCost(NamedTuple):
+    """Seconds of a step at one batch size: ``plain``, or ``base`` + ``level`` for each level but the first + ``node`` for each node."""
+
+    plain: float
+    base: float
+    level: float
+    node: float
+
+    def tree(self, levels: int, nodes: int) -> float:
+        """Seconds of a step whose trees were grown by ``levels`` levels and verified with ``nodes`` nodes."""
+        return self.base + self.level * (levels - 1) + self.node * nodes
+
+
+class _Estimate:
+    """What trees bring at one batch size: tokens per request and step, and what such a step costs, in plain steps."""
+
+    def __init__(self, tokens: float, cost: float) -> None:
+        self.first = (tokens, cost)
+        self.tokens, self.cost = tokens, cost
+
+    @property
+    def gain(self) -> float:
+        """Speed over plain decoding."""
+        return self.tokens / self.cost
+
+    def move(self, tokens: float, cost: float, weight: float) -> None:
+        self.tokens += (tokens - self.tokens) * weight
+        self.cost += (cost - self.cost) * weight
+
+
+class LoadRule:
+    """Decides at every step whether to draft at all, and what a level and a node must be worth.
+
+    Time has a price: the tokens that the batch commits in it as things go. A level or a node that is expected to bring less than its
+    own time is worth is left out, so trees grow where the head is sure and where the load leaves room. Estimates are kept per measured
+    batch size. They count modelled and not clocked seconds, so that other programs' bursts do not disturb them.
+
+    ``costs``: by batch size; ``acceptance``: tokens per verification by number of nodes of a fixed tree, where the estimates begin.
+    """
+
+    def __init__(self, shape: TreeShape, costs: Mapping[int, StepCost], acceptance: Mapping[int, float]) -> None:
+        self.shape, self.costs = shape, dict(costs)
+        self._estimates = {batch: _first_estimate(shape, cost, acceptance) for batch, cost in costs.items()}
+
+    def gain(self, batch: int) -> float:
+        """The estimated speed-up over plain decoding."""
+        return self._estimates[self._measured(batch)].gain
+
+    def choose(self, batch: int) -> TreeShape:
+        """The largest tree for a step of ``batch`` requests, with its prices; one node where plain decoding is as fast."""
+        measured = self._measured(batch)
+        gain, cost = self._estimates[measured].gain, self.costs[measured]
+        if gain < MIN_GAIN:
+            return self.shape.shrunk(1)
+        speed = batch * gain / cost.plain
+        return self.shape._replace(level_price=speed * cost.level, node_price=speed * cost.node)
+
+    def observe(self, batch: int, levels: int, nodes: int, accepted: Iterable[int]) -> None:
+        """Learn from a step that grew ``levels`` levels and verified ``nodes`` nodes, of which each request accepted so many."""
+        measured = self._measured(batch)
+        estimate, cost, counts = self._estimates[measured], self.costs[measured], list(accepted)
+        if nodes == 1 or not counts:
+            estimate.move(*estimate.first, _FORGETTING)
+        else:
+            estimate.move(1 + sum(counts) / len(counts), cost.tree(levels, nodes) / cost.plain, 1 - _MEMORY ** len(counts))
+
+    def _measured(self, batch: int) -> int:
+        """The measured batch size that stands for ``batch``: the next larger one."""
+        return min((size for size in self.costs if size >= batch), default=max(self.costs))
+
+
+def _first_estimate(shape: TreeShape, cost: StepCost, acceptance: Mapping[int, float]) -> _Estimate:
+    """The best fixed tree by the figures known beforehand."""
+    trees = [shape.shrunk(nodes) for nodes in powers_of_two(shape.nodes) if nodes > 1]
+    estimates = [
+        _Estimate(OPTIMISM * _interpolate(acceptance, tree.nodes), cost.tree(tree.depth, tree.nodes) / cost.plain) for tree in trees
+    ]
+    return max(estimates, key=lambda estimate: estimate.gain, default=_Estimate(1.0, 1.0))
 
 
 def powers_of_two(limit: int) -> list[int]:
@@ -18,78 +102,50 @@ def powers_of_two(limit: int) -> list[int]:
     return sorted({limit, *(1 << i for i in range(limit.bit_length()) if 1 << i <= limit)})
 
 
-class LoadRule:
-    """Chooses the tree shape that is expected to commit the most tokens per second at a batch size, down to plain decoding.
-
-    ``seconds[(batch, nodes)]``: measured cost of a whole step; ``acceptance``: tokens committed per verification by nodes, which a
-    running ratio of observed to expected acceptance corrects.
-    """
-
-    def __init__(self, shape: TreeShape, seconds: Mapping[tuple[int, int], float], acceptance: Mapping[int, float]) -> None:
-        self.shape, self.seconds = shape, dict(seconds)
-        self.batches = sorted({batch for batch, _ in seconds})
-        self.nodes = sorted({nodes for _, nodes in seconds})
-        self.acceptance = dict(acceptance)
-        self.ratio = 1.0
-
-    def expected_acceptance(self, nodes: int) -> float:
-        """Tokens that a verification of ``nodes`` nodes commits, the bonus token counted."""
-        return 1 + self.ratio * (_interpolate(self.acceptance, nodes) - 1)
-
-    def cost(self, batch: int, nodes: int) -> float:
-        """Seconds of a step, linear between the measured batch sizes."""
-        return _interpolate({b: self.seconds[b, nodes] for b in self.batches}, batch)
-
-    def choose(self, batch: int) -> TreeShape:
-        best, best_speed = 1, MIN_GAIN / self.cost(batch, 1)
-        for nodes in self.nodes[1:]:
-            speed = self.expected_acceptance(nodes) / self.cost(batch, nodes)
-            if speed > best_speed:
-                best, best_speed = nodes, speed
-        return self.shape.shrunk(best)
-
-    def observe(self, nodes: int, accepted: Iterable[int]) -> None:
-        """Learn from the accepted draft nodes of one step's requests; plain steps forget slowly, so that speculation is tried again."""
-        expected = _interpolate(self.acceptance, nodes) - 1
-        counts = list(accepted)
-        seen = sum(counts) / len(counts) / expected if nodes > 1 and expected > 0 else 1.0
-        weight = 1 - _MEMORY ** len(counts) if nodes > 1 else 1e-3
-        self.ratio += (seen - self.ratio) * weight
-
-
 def default_acceptance(nodes: int) -> dict[int, float]:
     """A cautious guess for heads without calibration."""
     return {n: 1 + _UNKNOWN_GAIN_PER_DOUBLING * math.log2(n) for n in powers_of_two(nodes)}
 
 
-def measure_costs(run: Callable[[int, TreeShape], float], shape: TreeShape, max_batch: int) -> dict[tuple[int, int], float]:
-    """Time whole steps at every batch and tree size (powers of two); ``run(batch, shape)`` does one and returns its seconds.
+def measure_costs(run: Callable[[int, TreeShape], float], shape: TreeShape, max_batch: int) -> dict[int, StepCost]:
+    """Time steps at batch sizes 1, 2, 4, ...; ``run(batch, shape)`` does one and returns its seconds.
 
-    A tree that costs more than its nodes could ever commit is never worth it, nor is a larger one, nor the same one at a larger
-    batch: those are not run and count as infinite. Nor are trees run once MEASURING_SECONDS are spent.
+    Four kinds of step tell the parts of the cost: plain, one level with one drafted node, all levels with one, all levels with all
+    nodes. They take turns, so that another program's burst of work hits them all, and the best of a few turns counts. Once
+    MEASURING_SECONDS are spent, larger batches are taken to decode plainly.
     """
-    seconds: dict[tuple[int, int], float] = {}
-    hopeless, spent = shape.nodes + 1, 0.0
+    slim = shape._replace(nodes=2)
+    kinds = (shape.shrunk(1), slim._replace(depth=1), slim, shape)
+    costs: dict[int, StepCost] = {}
+    spent = 0.0
     for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
-        for nodes in powers_of_two(shape.nodes):
-            if nodes > 1 and (nodes >= hopeless or spent > MEASURING_SECONDS):
-                seconds[batch, nodes] = math.inf
-                continue
-            smaller = shape.shrunk(nodes)
-            times = [run(batch, smaller)]
-            while len(times) < 5 and sum(times) < 0.5:
-                times.append(run(batch, smaller))
-            spent += sum(times)
-            seconds[batch, nodes] = min(times)
-            if nodes > 1 and seconds[batch, nodes] > (smaller.depth + 1) * seconds[batch, 1]:
-                hopeless = nodes
-    return seconds
+        best, until = [math.inf] * len(kinds), spent + TURN_SECONDS
+        if spent > MEASURING_SECONDS:
+            costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=0.0)
+            continue
+        for _ in range(MAX_TURNS):
+            for i, kind in enumerate(kinds):
+                taken = run(batch, kind)
+                spent += taken
+                best[i] = min(best[i], taken)
+            if spent > until:
+                break
+        costs[batch] = _parts(best, shape)
+    return costs
+
+
+def _parts(seconds: list[float], shape: TreeShape) -> StepCost:
+    """The cost's parts from the four kinds of ``measure_costs``."""
+    plain, one_level, all_levels, all_nodes = seconds
+    node = max(0.0, all_nodes - all_levels) / max(1, shape.nodes - 2)
+    level = max(0.0, all_levels - one_level) / max(1, shape.depth - 1)
+    return StepCost(plain, one_level - 2 * node, level, node)
 
 
 def _interpolate(points: Mapping[int, float], x: int) -> float:
     """Piecewise linear; beyond the ends the nearest value."""
     below = max((p for p in points if p <= x), default=min(points))
     above = min((p for p in points if p >= x), default=max(points))
-    if below == above or math.isinf(points[above]):
+    if below == above:
         return points[above]
     return points[below] + (points[above] - points[below]) * (x - below) / (above - below)

@@ -15,11 +15,16 @@ from server.engine.types import Tree
 
 
 class TreeShape(NamedTuple):
-    """How much to draft: ``nodes`` verified (root included), ``depth`` levels, ``topk`` nodes expanded a level."""
+    """How much to draft, at most: ``nodes`` verified (root included), ``depth`` levels, ``topk`` nodes expanded a level.
+
+    The prices are what one more level, and one more node of every request, must bring the batch in expected tokens; 0 takes all.
+    """
 
     nodes: int
     depth: int
     topk: int
+    level_price: float = 0.0
+    node_price: float = 0.0
 
     @property
     def lookahead(self) -> int:
@@ -31,16 +36,6 @@ class TreeShape(NamedTuple):
         return TreeShape(nodes, max(1, min(self.depth, nodes - 1)), max(1, min(self.topk, nodes - 1)))
 
 
-class _Level(NamedTuple):
-    """The rows that a level expands."""
-
-    tokens: Tensor  # int64 [B, k], target ids
-    scores: Tensor  # float32 [B, k], cumulative log-probability
-    hidden: Tensor  # [B, k, H], recycled state of the parents
-    ancestors: Tensor  # int64 [B, k], over the expanded rows, without themselves
-    pool_index: Tensor  # int64 [B, k], the rows' own places in the pool
-
-
 class Drafter:
     """A head with its cache. ``state`` [rows, H]: what each request's last committed draft row returned."""
 
@@ -50,11 +45,12 @@ class Drafter:
         self.head, self.block_size = head, block_size
         self.cache = PagedTensors(1, blocks, block_size, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
         self.state = torch.zeros(max_seqs, config.hidden_size, dtype=weight.dtype, device=weight.device)
+        self.levels = 0  # that the last trees were grown by, the root's children included
         self._scale = config.head_dim**-0.5
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
 
     def _forward(self, tokens: Tensor, hidden: Tensor, layout: TreeLayout) -> Tensor:
-        slots = layout.slots().flatten()
+        slots = layout.slots.flatten()
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.cache.write(0, slots, k.flatten(0, 1), v.flatten(0, 1), layout.live)
@@ -82,48 +78,37 @@ class Drafter:
         request's own noise the draft guesses the very token that verification will draw.
         roots int64 [B]: last committed tokens; sigma float32 [B]: drafting temperatures.
         """
-        batch, topk = len(rows), shape.topk
+        topk = shape.topk
         draft_noise = None if noise is None else noise.values
         if draft_noise is not None and self._target_ids is not None:
             draft_noise = draft_noise[:, :, self._target_ids]
-        hidden = self.state[rows][:, None]
-        scores, tokens = self._children(hidden, draft_noise, 0, topk, options, sigma)
-        pool = [(scores.flatten(1), tokens.flatten(1), torch.zeros_like(tokens.flatten(1)))]
-        level = _Level(
-            tokens[:, 0], scores[:, 0], hidden.expand(-1, topk, -1), torch.zeros_like(tokens[:, 0]),
-            torch.arange(1, topk + 1, device=roots.device).expand(batch, -1),
-        )  # fmt: skip
+        expanded = torch.arange((shape.depth - 1) * topk, device=roots.device)
+        layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
+        own_bits = torch.ones_like(expanded) << expanded
+        y = self.state[rows][:, None]
+        best, tokens = self._children(y, draft_noise, 0, topk, options, sigma)
+        best, tokens = best[:, 0], tokens[:, 0]
+        chosen, source, ancestors = torch.arange(topk, device=roots.device), torch.zeros_like(tokens), torch.zeros_like(tokens)
+        pool = [(best, tokens, source)]
+        first = 1  # of the last level's places in the pool; the root has place 0
         for depth in range(1, shape.depth):
-            y, ancestors = self._expand(level, depth, block_tables, context_lens, max_context)
-            scores, tokens = self._children(y, draft_noise, depth, topk, options, sigma)
-            scores = scores + level.scores[:, :, None]
-            first = 1 + topk + (depth - 1) * topk * topk
-            pool.append((scores.flatten(1), tokens.flatten(1), level.pool_index.repeat_interleave(topk, dim=1)))
-            best, chosen = scores.flatten(1).topk(topk, dim=1)
-            source = chosen // topk
-            level = _Level(
-                tokens.flatten(1).gather(1, chosen), best, y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2])),
-                ancestors.gather(1, source), first + chosen,
-            )  # fmt: skip
+            # The level's rows: tokens, their states, and which expanded rows they descend from.
+            width = _worthwhile(best, shape)
+            if width == 0:
+                break
+            best, tokens, source, chosen = best[:, :width], tokens[:, :width], source[:, :width], chosen[..., :width]
+            hidden = y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
+            rows_before = (depth - 1) * topk
+            ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
+            y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors))
+            scores, children = self._children(y, draft_noise, depth, topk, options, sigma)
+            scores, children = (scores + best[:, :, None]).flatten(1), children.flatten(1)
+            pool.append((scores, children, (first + chosen).expand_as(tokens).repeat_interleave(topk, dim=1)))
+            first += pool[-2][0].shape[1]
+            best, chosen = scores.topk(topk, dim=1)
+            tokens, source = children.gather(1, chosen), chosen // topk
+        self.levels = len(pool)
         return _best_nodes(roots, pool, shape)
-
-    def _expand(self, level: _Level, depth: int, block_tables: Tensor, context_lens: Tensor, max_context: int) -> tuple[Tensor, Tensor]:
-        """Run the head on a level's rows; return their states [B, k, H] and ancestor words over the expanded rows, themselves included."""
-        topk = level.tokens.shape[1]
-        first = (depth - 1) * topk
-        own = torch.ones_like(level.tokens) << (first + torch.arange(topk, device=level.tokens.device))
-        ancestors = level.ancestors | own
-        layout = TreeLayout(
-            block_tables,
-            context_lens,
-            torch.full_like(level.tokens, depth - 1),
-            ancestors,
-            None,
-            self.block_size,
-            max_context,
-            first_column=first,
-        )
-        return self._forward(level.tokens, level.hidden, layout), ancestors
 
     def _children(
         self, y: Tensor, noise: Tensor | None, depth: int, topk: int, options: SamplingBatch, sigma: Tensor
@@ -137,9 +122,21 @@ class Drafter:
         logits = apply_options(logits, options, none, none + depth, none)
         if noise is not None:
             logits = logits + noise[:, depth, None]
-        scores = (logits / sigma[:, None, None]).log_softmax(-1)
-        best, ids = torch.nan_to_num(scores, nan=float("-inf")).topk(topk, dim=-1)
-        return best, self.head.to_target_ids(ids)
+        best, ids = (logits / sigma[:, None, None]).log_softmax(-1).topk(topk, dim=-1)
+        return best.nan_to_num(nan=float("-inf")), self.head.to_target_ids(ids)  # a NaN fills its whole row
+
+
+def _worthwhile(scores: Tensor, shape: TreeShape) -> int:
+    """How many of a level's nodes to expand, 0 where the level does not pay; scores float32 [B, k], best first.
+
+    A node's children can bring no more tokens than its own probability of survival. The one width for all requests keeps the batch
+    rectangular: column i is worth what it brings all of them.
+    """
+    if shape.level_price == shape.node_price == 0:
+        return scores.shape[1]
+    columns = scores.exp().sum(0)
+    width = int((columns >= shape.node_price).sum())
+    return width if width and float(columns[:width].sum()) >= shape.level_price else 0
 
 
 def _best_nodes(roots: Tensor, pool: list[tuple[Tensor, Tensor, Tensor]], shape: TreeShape) -> Tree:
@@ -149,7 +146,10 @@ def _best_nodes(roots: Tensor, pool: list[tuple[Tensor, Tensor, Tensor]], shape:
     """
     scores, tokens, parents = (torch.cat(part, dim=1) for part in zip(*pool, strict=True))
     count = min(shape.nodes - 1, scores.shape[1])
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    if shape.node_price > 0:
+        count = max(1, min(count, int((ordered.exp().sum(0) >= shape.node_price).sum())))
+    order = order[:, :count]
     kept = order.sort(dim=1).values
     parent = torch.searchsorted(kept + 1, parents.gather(1, kept))
     parent = torch.where(parents.gather(1, kept) == 0, 0, parent + 1)

@@ -1,5 +1,6 @@
 """The engine: requests come in, every step drafts, verifies and commits for all that run."""
 
+import itertools
 import logging
 import random
 import time
@@ -47,10 +48,12 @@ class Engine:
         self.scheduler = Scheduler(self.pool, self.shape.lookahead)
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
         self.steps = Steps(target, drafter, self.pool, target.new_cache(blocks, config.block_size), _sigma(head, config.draft_temperature))
-        self.load_rule = self._measure(head, config.max_num_seqs) if head and config.load_rule else None
         self._eos_token_ids = _eos_token_ids(target, tokenizer)
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
+        self.load_rule: LoadRule | None = None
+        if head and config.load_rule and self.shape.nodes > 1:
+            self.load_rule = self._measure(head, config.max_num_seqs)
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "Engine":
@@ -118,7 +121,7 @@ class Engine:
         shape = self._choose_shape(len(decoding))
         outputs += self._guarded(lambda requests, stats: self.steps.decode(requests, shape, stats), decoding, stats)
         if self.load_rule and decoding:
-            self.load_rule.observe(shape.nodes, [accepted for _, accepted in stats.drafts] or [0])
+            self.load_rule.observe(len(decoding), stats.draft_levels, stats.tree_nodes, [accepted for _, accepted in stats.drafts])
         self.steps.bound_pending(self.scheduler.decoding())
         stats.seconds = time.monotonic() - start
         stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
@@ -160,17 +163,32 @@ class Engine:
             self.steps.drafter.cache.clear(blocks)
 
     def _measure(self, head: Eagle3Head, max_batch: int) -> LoadRule:
-        """Time whole steps at start-up: the table that decides how many nodes a load can afford."""
-        context = min(128, self.max_model_len)
-        seconds = measure_costs(lambda batch, shape: self.steps.time_step(batch, shape, context), self.shape, max_batch)
+        """Time whole steps of requests made for it: what decides how much a load may draft."""
+        full, prompt = self.shape, [0] * min(16, self.max_request_tokens - 1)
+        params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=0.0, seed=0, ignore_eos=True)
+        names = (f"measurement-{i}" for i in itertools.count())
+
+        def run(batch: int, shape: TreeShape) -> float:
+            self.shape = shape
+            if len(self._requests) < batch:
+                for _ in range(batch - len(self._requests)):
+                    self.add_request(next(names), prompt, params)
+                while self.step()[1].prompt_tokens:
+                    pass
+            return self.step()[1].seconds
+
+        costs = measure_costs(run, full, max_batch)
+        self.shape = full
+        for request_id in list(self._requests):
+            self.abort(request_id)
         known = head.metadata.acceptance_length if head.metadata else {}
-        return LoadRule(self.shape, seconds, known or default_acceptance(self.shape.nodes))
+        return LoadRule(full, costs, known or default_acceptance(full.nodes))
 
 
 def _tree_shape(config: EngineConfig) -> TreeShape:
     """The largest tree; its verified and its drafted nodes must each fit one ancestor word."""
     shape = TreeShape(config.tree_nodes, config.tree_depth, config.tree_topk)
-    if min(shape) < 1 or shape.lookahead > MAX_NODES:
+    if min(shape[:3]) < 1 or shape.lookahead > MAX_NODES:
         raise EngineError(
             f"tree_nodes {shape.nodes}, tree_depth {shape.depth} and tree_topk {shape.topk} were given; all must be at least 1, "
             f"and tree_nodes and (tree_depth - 1) x tree_topk at most {MAX_NODES}"

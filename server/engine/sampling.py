@@ -67,8 +67,3 @@ def batch_noise(requests: list[Request], depths: int, vocab_size: int, device: t
     seeds = torch.tensor([request.seed for request in requests], device=device)
     positions = torch.tensor([len(request.token_ids) for request in requests], device=device)
     return Noise(NoiseKey(seeds, positions, torch.tensor(sampled, device=device)), depths, vocab_size)
-
-
-def greedy_options(batch: int, device: torch.device) -> SamplingBatch:
-    """Options of ``batch`` requests that use none."""
-    return SamplingBatch(torch.ones(batch, device=device), None, None, None, None)

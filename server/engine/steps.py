@@ -1,7 +1,6 @@
 """The two kinds of forward pass: prompt chunks, and draft -> verify -> commit for every decoding request at once."""
 
 import logging
-import time
 from itertools import pairwise
 
 import torch
@@ -14,10 +13,10 @@ from kernels.sampling import SamplingBatch
 from kernels.tree_attention import TreeLayout
 from kernels.tree_verify import tree_verify
 from server.engine.drafter import Drafter, TreeShape, root_only
-from server.engine.kv_cache import PADDING_BLOCK, BlockPool, PagedTensors
+from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.request import Request
-from server.engine.sampling import batch_noise, batch_options, greedy_options
+from server.engine.sampling import batch_noise, batch_options
 from server.engine.target import Target
 from server.engine.types import RequestOutput, StepStats, TokenLogprob, Tree, Verdict
 
@@ -78,7 +77,8 @@ class Steps:
         logits, features = self.target.forward(tree.tokens.clamp(min=0), layout, self.cache)
         logits = logits.unflatten(0, tree.tokens.shape)
         verdict, healthy = _verify(tree, shape.depth, logits, options, noise)
-        if tree.tokens.shape[1] > 1:
+        if self.drafter is not None and tree.tokens.shape[1] > 1:
+            stats.draft_levels, stats.tree_nodes = self.drafter.levels, tree.tokens.shape[1]
             kv_commit(self.cache.k, self.cache.v, tables, context_lens, verdict.path)
             for request, accepted in zip(requests, verdict.num_accepted.tolist(), strict=True):
                 request.speculation.record(tree.tokens.shape[1] - 1, accepted, shape.depth)
@@ -177,31 +177,6 @@ class Steps:
     def _context(self, requests: list[Request]) -> tuple[Tensor, int]:
         lengths = [request.context_len for request in requests]
         return torch.tensor(lengths, device=self.device), max(lengths)
-
-    @torch.inference_mode()
-    def time_step(self, batch: int, shape: TreeShape, context: int) -> float:
-        """Seconds of the device work of one step for ``batch`` greedy requests that all use the padding block."""
-        roots = torch.zeros(batch, dtype=torch.long, device=self.device)
-        tables = torch.full((batch, self.pool.tables.shape[1]), PADDING_BLOCK, device=self.device)
-        lengths = torch.full_like(roots, context)
-        options = greedy_options(batch, self.device)
-        start = time.perf_counter()
-        tree = root_only(roots)
-        if self.drafter is not None and shape.nodes > 1:
-            width = min(shape.depth, 3)
-            layout = TreeLayout(
-                tables, lengths, torch.arange(width, device=self.device).expand(batch, -1), None, None, self.pool.block_size, context
-            )
-            features = torch.zeros(batch, width, self.drafter.head.fc.in_features, device=self.device)
-            self.drafter.extend(roots, features, roots[:, None].expand(-1, width), torch.full_like(roots, width), layout)
-            tree = self.drafter.grow(roots, roots, tables, lengths, context, shape, options, None, torch.ones(batch, device=self.device))
-        layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, None, self.pool.block_size, context)
-        logits, _ = self.target.forward(tree.tokens.clamp(min=0), layout, self.cache)
-        path, _, committed, _ = tree_verify(logits.unflatten(0, tree.tokens.shape), options, None, *tree, shape.depth)
-        if shape.nodes > 1:
-            kv_commit(self.cache.k, self.cache.v, tables, lengths, path)
-        committed.tolist()
-        return time.perf_counter() - start
 
 
 def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Noise | None) -> tuple[Verdict, Tensor]:

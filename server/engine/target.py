@@ -115,7 +115,7 @@ class Target:
         features [B, N, 3 * H].
         """
         self._features.clear()
-        context = ForwardContext(layout, layout.slots().flatten(), cache)
+        context = ForwardContext(layout, layout.slots.flatten(), cache)
         positions = layout.positions.clamp(max=self.max_positions - 1)  # nodes past the end are never accepted
         logits = self.model(
             input_ids=tokens.reshape(1, -1), position_ids=positions.reshape(1, -1), use_cache=False, tree=context,

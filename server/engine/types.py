@@ -110,14 +110,16 @@ class RequestTimes:
 class StepStats:
     """What one engine step did, for the metrics.
 
-    ``drafts``: one (draft nodes, accepted nodes) pair per request that verified a tree. ``emitted``: tokens that each decoding
-    request gained in this step.
+    ``drafts``: one (draft nodes, accepted nodes) pair per request that verified a tree. ``draft_levels`` and ``tree_nodes``: of
+    every request's tree, 0 and 1 where the step decoded plainly. ``emitted``: tokens that each decoding request gained in this step.
     """
 
     seconds: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     drafts: list[tuple[int, int]] = field(default_factory=list)
+    draft_levels: int = 0
+    tree_nodes: int = 1
     emitted: list[int] = field(default_factory=list)
     finished: list[tuple[FinishReason, RequestTimes]] = field(default_factory=list)
     num_running: int = 0

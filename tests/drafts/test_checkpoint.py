@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from drafts.checkpoint import DraftError, load_head, save_head, target_hash, tokenizer_hash, write_metadata
+from drafts.checkpoint import DraftError, find_head, load_head, save_head, target_hash, tokenizer_hash, write_metadata
 from drafts.eagle3 import Eagle3Config, Eagle3Head, HeadMetadata
 
 TARGET = LlamaConfig(
@@ -248,3 +248,23 @@ def test_tokenizer_hash_sees_vocabulary_and_merges() -> None:
     assert base == tokenizer_hash(tokenizer([("a", "b"), ("ab", "c")]))
     assert base != tokenizer_hash(tokenizer([("b", "c"), ("a", "bc")]))
     assert base != tokenizer_hash(tokenizer([("a", "b"), ("ab", "c")], added="<end>"))
+
+
+def test_a_hub_id_is_looked_up_in_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert allow_patterns == ["config.json", "model.safetensors"], "nothing else of a repository is wanted"
+        return str(saved)
+
+    monkeypatch.setattr("drafts.checkpoint.snapshot_download", snapshot)
+    assert find_head("owner/head") == saved
+    assert find_head(saved) == saved
+    assert asked == ["owner/head"]
+
+
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DraftError, match=r"owner/no-such-head is not a directory, and the model hub did not give it: "):
+        find_head("owner/no-such-head")

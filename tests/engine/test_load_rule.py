@@ -1,20 +1,20 @@
-"""The load rule: fewer nodes under load, none when they do not pay, and it learns."""
-
-import math
+"""The load rule: less drafting under load, none where it does not pay, and it learns."""
 
 import pytest
+import torch
 
 from server.engine import budget
-from server.engine.budget import LoadRule, default_acceptance, measure_costs, powers_of_two
-from server.engine.drafter import TreeShape
+from server.engine.budget import LoadRule, StepCost, default_acceptance, measure_costs, powers_of_two
+from server.engine.drafter import TreeShape, _best_nodes, _worthwhile
 
 SHAPE = TreeShape(16, 5, 4)
 ACCEPTANCE = {1: 1.0, 2: 1.6, 4: 2.2, 8: 2.8, 16: 3.2}
+BATCHES = (1, 2, 4, 8, 16, 32)
 
 
-def compute_bound(overhead: float, per_row: float, batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32)) -> dict[tuple[int, int], float]:
-    """A machine whose step costs ``overhead`` seconds and ``per_row`` for every node of every request."""
-    return {(batch, nodes): overhead + per_row * batch * nodes for batch in batches for nodes in powers_of_two(16)}
+def machine(level: float, node: float, batches: tuple[int, ...] = BATCHES) -> dict[int, StepCost]:
+    """A machine whose plain step costs 1, whatever the batch, and every further level and node of a request so much."""
+    return {batch: StepCost(1.0, 1.0, level, node * batch) for batch in batches}
 
 
 def test_powers_of_two() -> None:
@@ -23,69 +23,66 @@ def test_powers_of_two() -> None:
     assert powers_of_two(33) == [1, 2, 4, 8, 16, 32, 33]
 
 
-def test_the_tree_shrinks_with_the_batch_down_to_none() -> None:
-    rule = LoadRule(SHAPE, compute_bound(1.0, 0.02), ACCEPTANCE)
-    nodes = [rule.choose(batch).nodes for batch in (1, 2, 4, 8, 16, 32)]
-    assert nodes == sorted(nodes, reverse=True)
-    assert nodes[0] == 16
-    assert nodes[-1] < 4
-    assert LoadRule(SHAPE, compute_bound(1.0, 1.0), ACCEPTANCE).choose(32) == SHAPE.shrunk(1)
+def test_cost_of_a_step() -> None:
+    cost = StepCost(plain=1.0, base=2.0, level=0.5, node=0.1)
+    assert cost.tree(levels=1, nodes=2) == pytest.approx(2.2)
+    assert cost.tree(levels=4, nodes=10) == pytest.approx(2 + 3 * 0.5 + 1.0)
 
 
-def test_it_picks_the_fastest_by_its_own_figures() -> None:
-    seconds = compute_bound(1.0, 0.03)
-    rule = LoadRule(SHAPE, seconds, ACCEPTANCE)
-    for batch in (1, 2, 4, 8, 16, 32):
-        speeds = {nodes: ACCEPTANCE[nodes] / seconds[batch, nodes] for nodes in ACCEPTANCE}
-        fastest = max(speeds, key=speeds.__getitem__)
-        assert rule.choose(batch).nodes == (fastest if speeds[fastest] > budget.MIN_GAIN * speeds[1] else 1)
+def test_prices_rise_with_the_load_until_it_decodes_plainly() -> None:
+    rule = LoadRule(SHAPE, machine(0.1, 0.02), ACCEPTANCE)
+    shapes = [rule.choose(batch) for batch in BATCHES]
+    drafting = [shape for shape in shapes if shape.nodes > 1]
+    assert shapes[0] in drafting
+    assert shapes[-1] == SHAPE.shrunk(1)
+    assert shapes[: len(drafting)] == drafting, "once too busy, always too busy"
+    per_request = [shape.node_price / batch for shape, batch in zip(drafting, BATCHES, strict=False)]
+    assert per_request == sorted(per_request)
 
 
-def test_a_gain_within_the_error_of_the_prediction_is_not_taken() -> None:
-    acceptance = {1: 1.0, 16: budget.MIN_GAIN - 0.01}
-    flat = {(1, 1): 1.0, (1, 16): 1.0}
-    assert LoadRule(SHAPE, flat, acceptance).choose(1).nodes == 1
-    assert LoadRule(SHAPE, flat, {1: 1.0, 16: budget.MIN_GAIN + 0.01}).choose(1).nodes == 16
+def test_prices_are_what_the_time_would_bring_otherwise() -> None:
+    rule = LoadRule(SHAPE, {4: StepCost(plain=0.1, base=0.2, level=0.02, node=0.001)}, ACCEPTANCE)
+    shape = rule.choose(4)
+    tokens_per_second = 4 * rule.gain(4) / 0.1
+    assert shape.level_price == pytest.approx(tokens_per_second * 0.02)
+    assert shape.node_price == pytest.approx(tokens_per_second * 0.001)
 
 
-def test_costs_between_and_beyond_measured_batches() -> None:
-    rule = LoadRule(SHAPE, compute_bound(1.0, 0.5, (2, 4)), ACCEPTANCE)
-    assert rule.cost(3, 8) == pytest.approx(1 + 0.5 * 3 * 8)
-    assert rule.cost(1, 8) == rule.cost(2, 8)
-    assert rule.cost(100, 8) == rule.cost(4, 8)
+def test_a_batch_between_measured_sizes_counts_as_the_next_larger() -> None:
+    rule = LoadRule(SHAPE, machine(0.1, 0.02, (1, 4)), ACCEPTANCE)
+    assert rule.gain(3) == rule.gain(4)
+    assert rule.gain(100) == rule.gain(4)
+    assert rule.gain(1) > rule.gain(4)
 
 
-def test_a_tree_that_was_never_worth_it_is_not_chosen() -> None:
-    seconds = compute_bound(1.0, 0.0) | {(4, 16): math.inf, (8, 16): math.inf, (8, 8): math.inf}
-    rule = LoadRule(SHAPE, seconds, ACCEPTANCE)
-    assert rule.choose(2).nodes == 16
-    assert rule.choose(3).nodes == 8, "nor between a batch where it was and one where it was not"
-    assert rule.choose(4).nodes == 8
-    assert rule.choose(6).nodes == 4
-    assert rule.choose(8).nodes == 4
+def test_a_gain_within_the_error_of_the_estimate_is_not_taken() -> None:
+    def rule(accepted: float) -> LoadRule:
+        return LoadRule(SHAPE, {1: StepCost(1.0, budget.OPTIMISM, 0.0, 0.0)}, {1: 1.0, 16: accepted})
+
+    assert rule(budget.MIN_GAIN - 0.01).choose(1).nodes == 1
+    assert rule(budget.MIN_GAIN + 0.01).choose(1).nodes == 16
 
 
 def test_poor_acceptance_turns_speculation_off_and_it_comes_back() -> None:
-    rule = LoadRule(SHAPE, compute_bound(1.0, 0.02), ACCEPTANCE)
+    rule = LoadRule(SHAPE, machine(0.1, 0.02), ACCEPTANCE)
     steps = 0
     while rule.choose(4).nodes > 1:
-        rule.observe(rule.choose(4).nodes, [0, 0, 0, 0])
+        rule.observe(4, 5, 16, [0, 0, 0, 0])
         steps += 1
-    assert 3 < steps < 300
+    assert 3 < steps < 100
+    assert rule.choose(1).nodes > 1, "another batch size has its own estimate"
     for _ in range(3000):
         if rule.choose(4).nodes > 1:
             break
-        rule.observe(1, [0, 0, 0, 0])
+        rule.observe(4, 0, 1, [])
     assert rule.choose(4).nodes > 1, "plain steps forget, so that speculation is tried again"
 
 
-def test_the_running_estimate_meets_the_truth() -> None:
-    rule = LoadRule(SHAPE, compute_bound(1.0, 0.02), ACCEPTANCE)
+def test_the_estimate_meets_the_truth() -> None:
+    rule = LoadRule(SHAPE, machine(0.1, 0.02), ACCEPTANCE)
     for _ in range(400):
-        rule.observe(16, [1, 2, 1, 2])
-    assert rule.expected_acceptance(16) == pytest.approx(2.5, abs=0.01)
-    assert rule.expected_acceptance(1) == 1
-    assert 1 < rule.expected_acceptance(4) < ACCEPTANCE[4]
+        rule.observe(2, 3, 8, [1, 2])
+    assert rule.gain(2) == pytest.approx(2.5 / (1 + 2 * 0.1 + 8 * 0.04), abs=0.01)
 
 
 def test_default_acceptance_grows_slowly() -> None:
@@ -105,20 +102,79 @@ def test_shrunk_shapes_hold_their_nodes() -> None:
         assert shape.lookahead <= SHAPE.lookahead
 
 
-def test_measuring_runs_every_size_and_skips_the_hopeless(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[tuple[int, int]] = []
+# Trees at a price
+
+
+def test_levels_and_nodes_are_bought_at_their_price() -> None:
+    scores = torch.tensor([[0.6, 0.3, 0.02], [0.9, 0.05, 0.01]]).log()  # columns bring 1.5, 0.35 and 0.03 tokens
+    assert _worthwhile(scores, SHAPE) == 3, "free"
+    assert _worthwhile(scores, SHAPE._replace(node_price=0.1)) == 2
+    assert _worthwhile(scores, SHAPE._replace(node_price=0.5)) == 1
+    assert _worthwhile(scores, SHAPE._replace(node_price=2.0)) == 0
+    assert _worthwhile(scores, SHAPE._replace(level_price=1.8)) == 3
+    assert _worthwhile(scores, SHAPE._replace(level_price=2.0)) == 0
+    assert _worthwhile(scores, SHAPE._replace(level_price=1.8, node_price=0.5)) == 0
+
+
+@pytest.mark.parametrize(("price", "nodes"), [(0.0, 6), (0.04, 5), (0.15, 4), (0.4, 3), (5.0, 2)])
+def test_verified_nodes_are_the_ones_that_pay(price: float, nodes: int) -> None:
+    best = torch.tensor([[0.6, 0.2, 0.02]]).log()
+    below = torch.tensor([[0.45, 0.1]]).log()  # children of the first
+    root = torch.tensor([[0, 0, 0]])
+    pool = [(best, torch.tensor([[7, 8, 9]]), root), (below, torch.tensor([[5, 6]]), torch.tensor([[1, 1]]))]
+    tree = _best_nodes(torch.tensor([3]), pool, TreeShape(6, 2, 3, node_price=price))
+    assert tree.tokens.shape == (1, nodes), "the best drafted node is always verified"
+    assert tree.tokens[0, :2].tolist() == [3, 7]
+    assert set(tree.tokens[0].tolist()) == set([3, 7, 5, 8, 6, 9][:nodes])
+
+
+# Measuring
+
+
+def true_cost(batch: int, shape: TreeShape) -> float:
+    return 1e-3 * (1 if shape.nodes == 1 else 1.2 + 0.3 * (shape.depth - 1) + 0.01 * batch * shape.nodes)
+
+
+def test_measuring_finds_the_parts_of_the_cost() -> None:
+    ran: list[tuple[int, TreeShape]] = []
 
     def run(batch: int, shape: TreeShape) -> float:
-        ran.append((batch, shape.nodes))
-        return 0.01 * batch * (1 if shape.nodes < 8 else 100)
+        ran.append((batch, shape))
+        return true_cost(batch, shape)
 
-    seconds = measure_costs(run, SHAPE, 6)
-    assert set(seconds) == {(batch, nodes) for batch in (1, 2, 4, 6) for nodes in (1, 2, 4, 8, 16)}
-    assert seconds[1, 4] == pytest.approx(0.01)
-    assert math.isinf(seconds[1, 16])
-    assert (1, 16) not in ran
-    assert all(math.isfinite(seconds[batch, nodes]) for batch in (1, 2, 4, 6) for nodes in (1, 2, 4))
-    monkeypatch.setattr(budget, "MEASURING_SECONDS", 0.0)
-    seconds = measure_costs(run, SHAPE, 6)
-    assert all(math.isfinite(seconds[batch, 1]) for batch in (1, 2, 4, 6))
-    assert math.isinf(seconds[6, 2])
+    costs = measure_costs(run, SHAPE, 6)
+    assert sorted(costs) == [1, 2, 4, 6]
+    for batch, cost in costs.items():
+        assert cost == pytest.approx(StepCost(1e-3, 1.2e-3, 0.3e-3, 0.01e-3 * batch))
+        assert cost.tree(3, 8) == pytest.approx(true_cost(batch, TreeShape(8, 3, 4)))
+    assert all(ran.count((1, shape)) == budget.MAX_TURNS for _, shape in ran)
+    assert all(shape.lookahead <= SHAPE.lookahead for _, shape in ran)
+
+
+@pytest.mark.parametrize("shape", [TreeShape(2, 1, 1), TreeShape(2, 5, 6), TreeShape(64, 1, 8)])
+def test_measuring_shapes_with_a_part_missing(shape: TreeShape) -> None:
+    cost = measure_costs(true_cost, shape, 1)[1]
+    assert cost.tree(shape.depth, shape.nodes) == pytest.approx(true_cost(1, shape))
+    assert cost.tree(1, 2) == pytest.approx(true_cost(1, shape._replace(nodes=2, depth=1)))
+
+
+def test_a_burst_of_other_work_hits_no_single_kind_of_step() -> None:
+    steps = 0
+
+    def run(batch: int, shape: TreeShape) -> float:
+        nonlocal steps
+        steps += 1
+        return true_cost(batch, shape) * (50 if 3 <= steps <= 7 else 1)
+
+    assert measure_costs(run, SHAPE, 1) == measure_costs(true_cost, SHAPE, 1)
+
+
+def test_measuring_ends_and_larger_batches_then_decode_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "MEASURING_SECONDS", 0.005)
+    costs = measure_costs(true_cost, SHAPE, 32)
+    assert costs[1].base < 1 < costs[32].base
+    rule = LoadRule(SHAPE, costs, ACCEPTANCE)
+    assert rule.choose(32) == SHAPE.shrunk(1)
+    for _ in range(100):
+        rule.observe(32, 0, 1, [])
+    assert rule.choose(32) == SHAPE.shrunk(1)

@@ -143,7 +143,9 @@ def test_all_options_in_one_batch(nodes: int, batch: int, model: PreTrainedModel
 def test_tree_sizes_that_change_every_step(model: PreTrainedModel, expected: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the load rule may do at worst, with a real head: on, off, small, large."""
     engine = build(model, random_head(model), tree_nodes=33)
-    shapes = itertools.cycle([engine.shape.shrunk(nodes) for nodes in (33, 1, 2, 16, 1, 1, 5, 3, 8)])
+    full = engine.shape
+    priced = [full._replace(level_price=level, node_price=node) for level, node in ((0.3, 0.0), (0.5, 0.05), (0.0, 0.2))]
+    shapes = itertools.cycle([*priced, *(full.shrunk(nodes) for nodes in (33, 1, 2, 16, 1, 1, 5, 3, 8))])
     monkeypatch.setattr(engine, "_choose_shape", lambda batch: next(shapes))
     keys = [(name, i) for i in range(len(PROMPTS)) for name in OPTIONS]
     results = run(engine, [(PROMPTS[i], OPTIONS[name]) for name, i in keys])

@@ -116,7 +116,7 @@ def test_rows_land_in_the_blocks_of_the_table_and_padding_rows_in_block_zero() -
     tables = torch.tensor([[3, 1], [2, 4]])
     live = torch.tensor([[True, True, True], [True, False, False]])
     layout = TreeLayout(tables, torch.tensor([1, 3]), torch.arange(3).expand(2, -1), None, live, 2, 3)
-    assert layout.slots().tolist() == [[3 * 2 + 1, 1 * 2, 1 * 2 + 1], [4 * 2 + 1, 0, 0]]
+    assert layout.slots.tolist() == [[3 * 2 + 1, 1 * 2, 1 * 2 + 1], [4 * 2 + 1, 0, 0]]
     assert layout.positions.tolist() == [[1, 2, 3], [3, 4, 5]]
 
 
@@ -140,7 +140,7 @@ def test_first_column_lets_a_level_see_the_levels_before_it(levels: int, topk: i
             torch.testing.assert_close(ours[request, row], case.naive(request, row, slots, slots), rtol=1e-4, atol=1e-5)
         logical = torch.arange(context + first, context + first + topk)[None]
         own_slots = physical_slots(case.layout.block_tables[request, None], logical, block_size)
-        assert torch.equal(case.layout.slots()[request], own_slots[0])
+        assert torch.equal(case.layout.slots[request], own_slots[0])
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])

@@ -29,7 +29,7 @@ def teacher() -> Teacher:
 @pytest.fixture(scope="module")
 def head(teacher: Teacher) -> Eagle3Head:
     torch.manual_seed(1)
-    head = new_head(teacher.model)
+    head = new_head(teacher.model, torch.ones(3))
     for weight in head.parameters():
         torch.nn.init.normal_(weight, 1.0 if weight.ndim == 1 else 0.0, 0.2)
     return head
@@ -131,8 +131,18 @@ def test_a_reduced_vocabulary_is_renormalised(teacher: Teacher) -> None:
 
 
 def test_a_new_head_starts_from_the_target(teacher: Teacher) -> None:
-    head = new_head(teacher.model)
+    rms = torch.tensor([2.0, 20.0, 200.0])
+    head = new_head(teacher.model, rms)
     assert torch.equal(head.lm_head.weight, teacher.model.lm_head.weight)
     assert head.lm_head.weight.data_ptr() != teacher.model.lm_head.weight.data_ptr()
     assert torch.equal(head.norm, teacher.model.model.norm.weight)
     assert head.config.draft_vocab_size == head.config.vocab_size == 50
+    features = torch.randn(100, 3, 32) * rms[:, None]
+    assert (head.combine(features.flatten(1)) - features[:, 2] / 200).abs().mean() < 0.3, "the high feature at its natural size"
+
+
+def test_feature_rms(teacher: Teacher) -> None:
+    batch = collate(ROWS[:1])
+    features, _ = teacher(batch, None)
+    low, middle, high = features[0].split(32, dim=-1)
+    torch.testing.assert_close(teacher.feature_rms(batch), torch.stack([x.square().mean().sqrt() for x in (low, middle, high)]))

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tools.demo.corpus import Document
+from tools.loops import repeated_8_grams
 
 
 @torch.no_grad()
@@ -25,12 +26,6 @@ def held_out_loss(model: LlamaForCausalLM, encoded: list[tuple[str, list[int]]],
         totals[domain][0] += model(input_ids=row, labels=row).loss.item() * count
         totals[domain][1] += count
     return {domain: loss / count for domain, (loss, count) in sorted(totals.items())}
-
-
-def repeated_8_grams(ids: list[int]) -> float:
-    """Share of the 8-grams of ``ids`` that occurred before in it."""
-    grams = [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @torch.no_grad()

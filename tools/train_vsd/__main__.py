@@ -19,7 +19,7 @@ from server.engine.loading import resolve_device, resolve_dtype
 from server.engine.types import SamplingParams
 from tools.prompts import PromptError, read_prompts
 from tools.train_vsd.calibrate import NODES, calibrate
-from tools.train_vsd.data import AnswerSettings, Row, answers_path, is_held_out, split_rows, write_answers
+from tools.train_vsd.data import AnswerSettings, Row, answers_path, collate, is_held_out, split_rows, write_answers
 from tools.train_vsd.evaluate import evaluate, measuring_engine
 from tools.train_vsd.objectives import OBJECTIVES
 from tools.train_vsd.report import write_card
@@ -94,7 +94,7 @@ def run_train(args: argparse.Namespace) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(args.seed)
-    head = initial_head(args, teacher)
+    head = initial_head(args, teacher, train_rows)
     if args.minutes is not None:
         settings = replace(settings, minutes=max(args.minutes / 10, args.minutes - (time.monotonic() - start) / 60))
     began = time.monotonic()
@@ -133,11 +133,11 @@ def answers(args: argparse.Namespace, settings: TrainSettings) -> tuple[list[Row
     return train_rows, held_out
 
 
-def initial_head(args: argparse.Namespace, teacher: Teacher) -> Eagle3Head:
+def initial_head(args: argparse.Namespace, teacher: Teacher, rows: list[Row]) -> Eagle3Head:
     tokens = tokenizer_hash(AutoTokenizer.from_pretrained(args.target))
     model = teacher.model
     if args.init is None:
-        head = new_head(model)
+        head = new_head(model, teacher.feature_rms(collate(rows[:8]).to(model.device)))
     else:
         embedding = model.get_input_embeddings().weight.float()
         head = load_head(args.init, model.config, tokenizer_hash=tokens, embedding=embedding, device=model.device, dtype=torch.float32)

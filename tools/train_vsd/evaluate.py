@@ -10,6 +10,7 @@ import numpy as np
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.types import SamplingParams
+from tools.loops import repeated_8_grams
 from tools.train_vsd.generate import Completion, complete
 
 
@@ -39,7 +40,7 @@ def evaluate(engine: Engine, prompts: Sequence[list[int]], sampling: SamplingPar
         "seed": sampling.seed or 0,
         "concurrency": concurrency,
         "repeated_8_grams": float(np.mean([repeated_8_grams(completion.token_ids) for completion in completions])),
-        "tree": engine.shape._asdict() | {"draft_temperature": engine.steps.sigma},
+        "tree": dict(zip(("nodes", "depth", "topk"), engine.shape, strict=False)) | {"draft_temperature": engine.steps.sigma},
     }
 
 
@@ -66,9 +67,3 @@ def acceptance(completions: Sequence[Completion]) -> dict[str, Any]:
         "acceptance_by_depth": [float(x) for x in by_depth / steps.sum()],
         "num_steps": int(steps.sum()),
     }
-
-
-def repeated_8_grams(ids: Sequence[int]) -> float:
-    """Share of the 8-grams of ``ids`` that occurred before in it."""
-    grams = [tuple(ids[i : i + 8]) for i in range(len(ids) - 7)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0

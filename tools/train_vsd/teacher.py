@@ -35,12 +35,18 @@ class Teacher:
         logits = output.logits[row, batch.first[row] + 1 + column - start].float()
         return features.float(), (logits if draft_ids is None else logits[:, draft_ids]).softmax(-1)
 
+    def feature_rms(self, batch: Batch) -> Tensor:
+        """Root mean square of the low, middle and high features, float32 [3]. It grows with depth and differs much between targets."""
+        features, _ = self(batch, None)
+        return features.unflatten(-1, (3, -1)).square().mean(dim=(0, 1, 3)).sqrt()
 
-def new_head(model: PreTrainedModel) -> Eagle3Head:
+
+def new_head(model: PreTrainedModel, feature_rms: Tensor) -> Eagle3Head:
     """A fresh float32 head of one target layer's shape, full vocabulary.
 
     It starts from the target where the two share a space: the output matrix and norm are the target's, and ``fc`` passes the high
-    feature through, so that the head begins by refining the target's own late residual stream.
+    feature through, so that the head begins by refining the target's own late residual stream. ``fc`` divides by ``feature_rms`` [3]:
+    features of their raw size would drown what the head's own layer adds to them.
     """
     target = model.config.get_text_config()
     rope = getattr(target, "rope_parameters", None) or {}
@@ -60,9 +66,11 @@ def new_head(model: PreTrainedModel) -> Eagle3Head:
         rope_parameters=dict(rope),
     )).to(model.device)  # fmt: skip
     with torch.no_grad():
-        for projection in (head.qkv_proj, head.gate_up_proj, head.o_proj, head.down_proj, head.fc):
-            torch.nn.init.normal_(projection.weight, std=0.02)
+        torch.nn.init.normal_(head.fc.weight, std=0.02)
         head.fc.weight[:, -target.hidden_size :] += torch.eye(target.hidden_size, device=model.device)
+        head.fc.weight.div_(feature_rms.repeat_interleave(target.hidden_size))
+        for projection, gain in ((head.qkv_proj, 1.0), (head.gate_up_proj, 1.0), (head.o_proj, 0.5), (head.down_proj, 0.5)):
+            torch.nn.init.normal_(projection.weight, std=gain * projection.in_features**-0.5)
         head.lm_head.weight.copy_(model.get_output_embeddings().weight)
         norm = getattr(model.base_model, "norm", None)
         if norm is not None and getattr(norm, "weight", None) is not None and norm.weight.shape == head.norm.shape:

@@ -8,19 +8,21 @@ import torch
 from tqdm import tqdm
 
 from drafts.eagle3 import Eagle3Head
+from tools.muon import Muon
 from tools.train_vsd.data import Row, batches, collate, grouped
 from tools.train_vsd.objectives import OBJECTIVES, agreement
 from tools.train_vsd.teacher import Teacher
 from tools.train_vsd.unroll import unroll
 
 CHECKPOINT_SECONDS = 300
+MUON_RATE = 0.02
 
 
 @dataclass(frozen=True)
 class TrainSettings:
     """``steps`` or ``minutes`` is the budget. ``depth``: unrolled steps. ``batch_tokens``: padded tokens of a batch.
 
-    ``learning_rate`` None scales with the width: 1e-3 at a hidden size of 256, 6e-5 at 4096.
+    ``learning_rate``, of all but the layer's matrices: None scales with the width, 1e-3 at a hidden size of 256, 6e-5 at 4096.
     """
 
     objective: str = "eagle3"
@@ -47,23 +49,27 @@ def train(
     """Train ``head`` in place; return the number of steps. ``checkpoint`` is called every few minutes."""
     objective = OBJECTIVES[settings.objective]
     draft_ids = draft_vocabulary(head)
-    base_rate = settings.learning_rate or 0.256 / head.config.hidden_size
-    optimiser = torch.optim.AdamW(head.parameters(), lr=base_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    device = head.fc.weight.device
     parameters = list(head.requires_grad_().train().parameters())
+    base_rate = settings.learning_rate or 0.256 / head.config.hidden_size
+    groups = optimisers(head, base_rate, teacher.feature_rms(collate(rows[:8]).to(device)).mean().item())
+    base_rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in groups]
     smoothed: list[float] = []
     source = batches(rows, settings.batch_tokens, settings.seed)
     step, start = 0, time.monotonic()
     saved = start
     with tqdm(total=settings.steps, desc=settings.objective, mininterval=2) as bar:
         while (progress := settings.progress(step, time.monotonic() - start)) < 1:
-            batch = next(source).to(head.fc.weight.device)
+            batch = next(source).to(device)
             features, distributions = teacher(batch, draft_ids)
             loss = objective(head, unroll(head, batch, features, settings.depth), batch, distributions)
             loss.total.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 0.5)
-            optimiser.param_groups[0]["lr"] = base_rate * rate(progress)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
+            for optimiser, rates in zip(groups, base_rates, strict=True):
+                for group, group_rate in zip(optimiser.param_groups, rates, strict=True):
+                    group["lr"] = group_rate * rate(progress)
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
             step += 1
             smoothed = _smooth(smoothed, [loss.total.item(), *loss.accuracy.tolist()])
             accuracy = " ".join(f"{a:.2f}" for a in smoothed[1:])
@@ -74,6 +80,21 @@ def train(
                 saved = time.monotonic()
     head.requires_grad_(False).eval()
     return step
+
+
+def optimisers(head: Eagle3Head, learning_rate: float, feature_rms: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layer's four matrices, AdamW for the rest; the rate of ``fc`` is in units of the features that it reads."""
+    matrices = [head.qkv_proj.weight, head.o_proj.weight, head.gate_up_proj.weight, head.down_proj.weight]
+    apart = {id(weight) for weight in (*matrices, head.fc.weight)}
+    adam = torch.optim.AdamW(
+        [
+            {"params": [head.fc.weight], "lr": learning_rate / feature_rms},
+            {"params": [weight for weight in head.parameters() if id(weight) not in apart], "lr": learning_rate},
+        ],
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+    )
+    return [Muon(matrices, lr=MUON_RATE, weight_decay=0.0), adam]
 
 
 def _smooth(old: list[float], new: list[float]) -> list[float]:
