@@ -1,109 +1,39 @@
 """Attention of new rows over a paged KV cache, with a tree or causal mask on the newest columns."""
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.jit import jit, tl, triton
+from kernels.tree_layout import TreeLayout
 
-@dataclass
-class TreeLayout:
-    """Where the rows of one forward pass live and what they may see; the same for every layer.
-
-    Row i of request b is stored at logical slot ``context_lens[b] + i``; logical slot s lives in block ``block_tables[b, s // block]``.
-    It sees the whole committed context, and of the new rows those named by its ancestor word (``ancestors`` given), or rows
-    0..i (``ancestors`` None: a prefill chunk). Its position is ``context_lens[b] + depth[b, i]``: siblings share a position, so a
-    sliding window is a matter of positions and not of slots. Rows with ``live`` False are padding: block 0 takes their K and V.
-    """
-
-    block_tables: Tensor  # int64 [B, M]
-    context_lens: Tensor  # int64 [B]
-    depth: Tensor  # int64 [B, N]
-    ancestors: Tensor | None  # int64 [B, N]
-    live: Tensor | None  # bool [B, N], None: all
-    block_size: int
-    max_context: int  # >= context_lens.max(), known on the host so that nothing waits for the device
-    first_column: int = 0  # new rows start so many slots after the context; before them lie earlier rows of the same tree (drafting)
-    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
-
-    @cached_property
-    def positions(self) -> Tensor:
-        """int64 [B, N]"""
-        return self.context_lens[:, None] + self.depth
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """Physical slots of the new rows, int64 [B, N]; padding rows map to slot 0."""
-        rows = torch.arange(self.depth.shape[1], device=self.depth.device) + self.first_column
-        slots = physical_slots(self.block_tables, self.context_lens[:, None] + rows, self.block_size)
-        return slots if self.live is None else torch.where(self.live, slots, 0)
-
-    @cached_property
-    def columns(self) -> Tensor:
-        """Columns of the first ``num_blocks`` blocks, counted from the end of each context, int64 [B, L]: negative ones are committed."""
-        columns = torch.arange(self.num_blocks * self.block_size, device=self.depth.device)
-        return columns - self.context_lens[:, None]
-
-    @cached_property
-    def num_blocks(self) -> int:
-        """Blocks per request that hold any visible column."""
-        return -(-(self.max_context + self.first_column + self.depth.shape[1]) // self.block_size)
-
-    def part(self, first: int, count: int, ancestors: Tensor) -> "TreeLayout":
-        """Rows ``first`` to ``first + count`` alone, the rows before them being in the cache already; ancestors int64 [B, count]."""
-        rows = slice(first, first + count)
-        part = TreeLayout(
-            self.block_tables, self.context_lens, self.depth[:, rows], ancestors, None, self.block_size, self.max_context, first
-        )
-        part.slots, part.columns, part.num_blocks = self.slots[:, rows], self.columns, self.num_blocks
-        return part
-
-    def mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
-        """Additive mask [B, 1, group * N, L] over the columns of the first ``num_blocks`` blocks, built once for all layers of a kind."""
-        if (window, group) not in self._masks:
-            visible = self._visible(window)
-            mask = torch.zeros((), dtype=dtype, device=visible.device).where(visible, float("-inf"))
-            self._masks[window, group] = mask[:, None, None].expand(-1, 1, group, -1, -1).flatten(2, 3)
-        return self._masks[window, group]
-
-    def _visible(self, window: int | None) -> Tensor:
-        node = self.columns
-        if self.ancestors is None:
-            rows = torch.arange(self.depth.shape[1], device=self.depth.device)
-            visible = node[:, None] <= rows[:, None]
-        else:
-            # Words have no bit beyond the last row; a shift past the word reads its last bit, which 64 rows may set.
-            bits = (self.ancestors[:, :, None] >> node.clamp(0, 63)[:, None]) & (node < 64)[:, None]
-            visible = bits.bool() | (node < 0)[:, None]
-        if window is not None:
-            # A column's position: its slot in the context, context + depth among the new rows.
-            depth = self.depth.gather(1, node.clamp(0, self.depth.shape[1] - 1))
-            position = self.context_lens[:, None] + torch.where(node < 0, node, depth)
-            visible = visible & (position[:, None] > (self.positions - window)[:, :, None])
-        return visible
-
-
-def physical_slots(block_tables: Tensor, logical: Tensor, block_size: int) -> Tensor:
-    """Logical slots int64 [B, S] -> physical slots int64 [B, S]."""
-    block = (logical // block_size).clamp(0, block_tables.shape[1] - 1)
-    return block_tables.gather(1, block) * block_size + logical % block_size
+LOG2_E = 1.4426950408889634
+PROGRAMS = 128  # what one request with a long context is cut into: about one program for every multiprocessor of a large GPU
 
 
 def tree_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    layout: TreeLayout,
-    scale: float,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: TreeLayout, scale: float, sliding_window: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(q K^T * scale + mask) V for every new row, K and V of the new rows already in the cache.
 
-    q: [B, N, Hq, D]; k_cache, v_cache: [blocks, block, Hkv, D], Hq a multiple of Hkv. Returns [B, N, Hq, D] in q's dtype.
+    q: [B, N, Hq, D]; k_cache, v_cache: [blocks, block, Hkv, D], contiguous, Hq a multiple of Hkv. softcap: scores become
+    softcap * tanh(score / softcap). sinks: float32 [Hq], one more logit in every softmax, without a value. Returns [B, N, Hq, D] in
+    q's dtype. What rows that are not ``live`` get is finite and otherwise undefined.
     """
+    attend = tree_attention_triton if q.is_cuda else tree_attention_reference
+    return attend(q, k_cache, v_cache, layout, scale, sliding_window, softcap, sinks)
+
+
+def tree_attention_reference(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: TreeLayout, scale: float, sliding_window: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``tree_attention`` in plain PyTorch."""
     batch, rows, heads, size = q.shape
     kv_heads = k_cache.shape[2]
     blocks = layout.block_tables[:, : layout.num_blocks].flatten()
@@ -114,9 +44,230 @@ def tree_attention(
     group = heads // kv_heads
     queries = q.view(batch, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * rows, size)
     mask = layout.mask(sliding_window, group, q.dtype)
-    if softcap is None:
+    if softcap is None and sinks is None:
         out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     else:
-        scores = softcap * torch.tanh((queries.float() @ keys.float().transpose(2, 3)) * (scale / softcap)) + mask
-        out = (scores.softmax(-1) @ values.float()).to(q.dtype)
+        scores = queries.float() @ keys.float().transpose(2, 3)
+        scores = (scores * scale if softcap is None else softcap * torch.tanh(scores * (scale / softcap))) + mask
+        if sinks is not None:
+            sink = sinks.view(1, kv_heads, group, 1).expand(batch, -1, -1, rows).reshape(batch, kv_heads, group * rows, 1)
+            scores = torch.cat((scores, sink), dim=-1)
+        out = (scores.softmax(-1)[..., : keys.shape[2]] @ values.float()).to(q.dtype)
     return out.view(batch, kv_heads, group, rows, size).permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, size)
+
+
+class Tiles(NamedTuple):
+    """How the kernel cuts its work: rows and columns of a tile, the least columns and the greatest number of a request's splits."""
+
+    rows: int
+    columns: int
+    min_split: int
+    max_splits: int
+
+
+def choose_tiles(rows: int, group: int, kv_heads: int, size: int, dtype: torch.dtype) -> Tiles:
+    """Nothing here depends on the batch, so that a request's result does not."""
+    wide = size > 128
+    half = dtype.itemsize == 2
+    tile_rows = min(max(16, triton.next_power_of_2(rows * group)), (64 if wide else 128) if half else 32)
+    columns = (32 if wide else 64) if half else (16 if wide else 32)
+    # A split's partial result is written and read again, which must stay little beside the K and V that the split reads.
+    return Tiles(tile_rows, columns, max(256, 4 * tile_rows), max(1, PROGRAMS // (kv_heads * triton.cdiv(rows * group, tile_rows))))
+
+
+def tree_attention_triton(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: TreeLayout, scale: float, sliding_window: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``tree_attention`` by split-KV: programs for parts of a request's columns, then a sum weighted by their log-sum-exp."""
+    batch, rows, heads, size = q.shape
+    kv_heads = k_cache.shape[2]
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    tiles = choose_tiles(rows, heads // kv_heads, kv_heads, size, q.dtype)
+    longest = layout.max_context if sliding_window is None else min(layout.max_context, sliding_window + tiles.columns)
+    splits = min(tiles.max_splits, triton.cdiv(longest + layout.first_column + rows, tiles.min_split))
+    out = q.new_empty(batch, rows, heads, size)
+    partial = out if splits == 1 else out.new_empty(splits, *out.shape, dtype=torch.float32)
+    lse = None if splits == 1 else partial.new_empty(partial.shape[:-1])
+    ancestors, live = (None if part is None else part.contiguous() for part in (layout.ancestors, layout.live))
+    if ancestors is not None:
+        ancestors = ancestors.view(torch.int32)  # comparing single bits of two halves takes fewer registers
+    words = 0 if ancestors is None else ancestors[0].numel() // rows
+    row_tiles = triton.cdiv(rows * (heads // kv_heads), tiles.rows)
+    tree_attention_kernel[row_tiles * kv_heads, splits, batch](
+        q, k_cache, v_cache, layout.block_tables, layout.context_lens, layout.depth, ancestors, live, sinks, partial, lse,
+        LOG2_E * (scale if softcap is None else softcap), None if softcap is None else scale / softcap,
+        rows, layout.first_column, layout.block_tables.stride(0), layout.depth.stride(0), q.stride(0), q.stride(1), q.stride(2),
+        kv_heads, heads // kv_heads, size, max(16, triton.next_power_of_2(size)), layout.block_size, words, sliding_window, *tiles,
+        num_warps=8 if tiles.rows == 128 else 4, num_stages=3,
+    )  # fmt: skip
+    if lse is not None:
+        combine_kernel[triton.cdiv(rows * heads, 8), batch](
+            partial, lse, layout.context_lens, out, layout.first_column + rows, rows * heads,
+            size, max(16, triton.next_power_of_2(size)), sliding_window, 8, *tiles[1:],
+        )  # fmt: skip
+    return out
+
+
+@jit
+def tree_attention_kernel(
+    q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, depth: tl.tensor,
+    ancestors: tl.tensor, live: tl.tensor, sinks: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, inner_scale: tl.tensor,
+    rows: tl.tensor, first_column: tl.tensor, table_stride: tl.tensor, depth_stride: tl.tensor,
+    q_request: tl.tensor, q_row: tl.tensor, q_head: tl.tensor,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    WORDS: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per (tile of rows and KV head, split, request); a row is one head of the group at one new row.
+
+    Scores are raw * scale in powers of two, raw being q K^T, or its tanh where there is an inner scale (soft-cap).
+    """
+    tile, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    split, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    context = tl.load(context_lens + request).to(tl.int32)
+    begin, end, length = split_columns(context, first_column + rows, COLUMNS, MIN_SPLIT, MAX_SPLITS, WINDOW)
+    begin += split * length
+    if begin >= end:
+        return
+    row = (tile * ROWS + tl.arange(0, ROWS)) // GROUP
+    query_head = head * GROUP + (tile * ROWS + tl.arange(0, ROWS)) % GROUP
+    is_live = row < rows
+    if live is not None:
+        is_live &= tl.load(live + request * rows + row, mask=is_live, other=0).to(tl.int1)
+    last_row = tl.max(tl.where(is_live, row, -1), 0)
+    end = tl.minimum(end, begin + length) if last_row >= 0 else begin
+    if ancestors is None:
+        end = tl.minimum(end, context + last_row + 1)
+
+    size = tl.arange(0, PADDED_SIZE)
+    q_offset = request * q_request + row * q_row + query_head * q_head
+    queries = tl.load(q + q_offset[:, None] + size[None, :], mask=is_live[:, None] & (size < SIZE)[None, :], other=0.0)
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if sinks is not None:
+        highest = tl.where(split == 0, tl.load(sinks + query_head) * 1.4426950408889634, highest)
+        total += tl.where(split == 0, 1.0, 0.0)
+    sums = tl.zeros([ROWS, PADDED_SIZE], tl.float32)
+    table = block_tables + request * table_stride
+    k_cache += head * SIZE
+    v_cache += head * SIZE
+    if WINDOW is not None:
+        oldest = context - WINDOW + 1 + tl.load(depth + request * depth_stride + row, mask=is_live, other=0).to(tl.int32)
+
+    # Tiles of committed columns alone need no mask, unless a window cuts them.
+    tail = begin + tl.maximum(tl.minimum(end, context) - begin, 0) // COLUMNS * COLUMNS
+    for start in range(begin, tail, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        offset = row_offsets(table, columns, None, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
+        loaded = None if SIZE == PADDED_SIZE else (size < SIZE)[None, :]
+        visible = None if WINDOW is None else columns[None, :] >= oldest[:, None]
+        keys, values = tl.load(k_cache + offset, mask=loaded), tl.load(v_cache + offset, mask=loaded)
+        highest, total, sums = attend(queries, keys, values, visible, highest, total, sums, scale, inner_scale)
+
+    for start in range(tail, end, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        node = columns - context
+        # What nobody wrote may be anything, and a mask does not stop a NaN of V.
+        written = columns < end
+        if live is not None:
+            own = written & (node >= first_column)
+            written &= (node < first_column) | tl.load(live + request * rows + node - first_column, mask=own, other=0).to(tl.int1)
+        visible = written[None, :] & is_live[:, None]
+        if ancestors is None:
+            visible &= node[None, :] <= row[:, None]
+        else:
+            visible &= (node < 0)[None, :] | is_ancestor(ancestors + (request * rows + row) * WORDS, node, is_live, WORDS)
+        if WINDOW is not None:
+            node_depth = tl.load(depth + request * depth_stride + node, mask=(node >= 0) & (node < rows), other=0).to(tl.int32)
+            visible &= tl.where(node < 0, columns, context + node_depth)[None, :] >= oldest[:, None]
+        offset = row_offsets(table, columns, written, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
+        loaded = written[:, None] & (size < SIZE)[None, :]
+        keys, values = tl.load(k_cache + offset, mask=loaded, other=0.0), tl.load(v_cache + offset, mask=loaded, other=0.0)
+        highest, total, sums = attend(queries, keys, values, visible, highest, total, sums, scale, inner_scale)
+
+    divisor = tl.where(total == 0, 1.0, total)
+    place = ((split * tl.num_programs(2) + request) * rows + row) * (KV_HEADS * GROUP) + query_head
+    result = tl.where(is_live[:, None], sums / divisor[:, None], 0.0).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * SIZE + size[None, :], result, mask=(row < rows)[:, None] & (size < SIZE)[None, :])
+    if lse is not None:
+        tl.store(lse + place, highest + tl.log2(divisor), mask=row < rows)
+
+
+@jit
+def split_columns(
+    context: tl.tensor, new: tl.tensor, COLUMNS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOW: tl.constexpr
+) -> tl.tensor:
+    """The first column that a request's rows may see, one past the last, and the columns of one split, whole tiles."""
+    begin = 0 if WINDOW is None else tl.maximum(context - WINDOW + 1, 0) // COLUMNS * COLUMNS
+    end = context + new
+    length = tl.maximum(tl.cdiv(end - begin, MAX_SPLITS), MIN_SPLIT)
+    return begin, end, tl.cdiv(length, COLUMNS) * COLUMNS
+
+
+@jit
+def row_offsets(table: tl.tensor, columns: tl.tensor, written: tl.tensor, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> tl.tensor:
+    """Where the cache's rows of ``WIDTH`` elements begin, int64 [columns]; only ``written`` ones are looked up, None: all are."""
+    blocks = tl.load(table + columns // BLOCK_SIZE, mask=written, other=None if written is None else 0)
+    return (blocks * BLOCK_SIZE + columns % BLOCK_SIZE) * WIDTH
+
+
+@jit
+def is_ancestor(words: tl.tensor, node: tl.tensor, is_live: tl.tensor, WORDS: tl.constexpr) -> tl.tensor:
+    """Whether ``node`` [columns] is among the ancestors of each row, whose int32 words are at ``words`` [rows]."""
+    found = tl.zeros([words.shape[0], node.shape[0]], tl.int32)
+    for word in tl.static_range(WORDS):
+        place = node - 32 * word
+        bit = tl.where((place >= 0) & (place < 32), 1 << tl.minimum(tl.maximum(place, 0), 31), 0)
+        found |= tl.load(words + word, mask=is_live, other=0)[:, None] & bit[None, :]
+    return found != 0
+
+
+@jit
+def attend(
+    queries: tl.tensor, keys: tl.tensor, values: tl.tensor, visible: tl.tensor,
+    highest: tl.tensor, total: tl.tensor, sums: tl.tensor, scale: tl.tensor, inner_scale: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """One tile more of the running softmax: the highest score so far, the sum of the weights, and the weighted sum of the values."""
+    raw = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    if inner_scale is not None:
+        raw = 2 * tl.sigmoid(2 * inner_scale * raw) - 1  # tanh
+    if visible is not None:
+        raw = tl.where(visible, raw, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(raw, 1) * scale)
+    # A row that has seen nothing yet stays at weight 0 instead of exp(-inf + inf).
+    shift = new_highest if visible is None else tl.where(new_highest == float("-inf"), 0.0, new_highest)
+    weights = tl.exp2(raw * scale - shift[:, None])
+    faded = tl.exp2(highest - shift)
+    sums = tl.dot(weights.to(values.dtype), values, sums * faded[:, None], input_precision="ieee")
+    return new_highest, total * faded + tl.sum(weights, 1), sums
+
+
+@jit
+def combine_kernel(
+    partial: tl.tensor, lse: tl.tensor, context_lens: tl.tensor, out: tl.tensor, new: tl.tensor, count: tl.tensor,
+    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, WINDOW: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per (tile of a request's ``count`` outputs, request): the splits' results, weighted by their share of the softmax."""
+    request = tl.program_id(1).to(tl.int64)
+    context = tl.load(context_lens + request).to(tl.int32)
+    begin, end, length = split_columns(context, new, COLUMNS, MIN_SPLIT, MAX_SPLITS, WINDOW)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    size = tl.arange(0, PADDED_SIZE)
+    mask = (row < count)[:, None] & (size < SIZE)[None, :]
+    highest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, PADDED_SIZE], tl.float32)
+    for split in range(tl.cdiv(end - begin, length)):
+        place = (split * tl.num_programs(1) + request) * count + row
+        part_lse = tl.load(lse + place, mask=row < count, other=float("-inf"))
+        part = tl.load(partial + place[:, None] * SIZE + size[None, :], mask=mask, other=0.0)
+        new_highest = tl.maximum(highest, part_lse)
+        shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
+        faded, weight = tl.exp2(highest - shift), tl.exp2(part_lse - shift)
+        sums = sums * faded[:, None] + part * weight[:, None]
+        total = total * faded + weight
+        highest = new_highest
+    result = sums / tl.where(total == 0, 1.0, total)[:, None]
+    tl.store(out + (request * count + row)[:, None] * SIZE + size[None, :], result.to(out.dtype.element_ty), mask=mask)

@@ -8,7 +8,8 @@ from torch import Tensor
 from drafts.eagle3 import Eagle3Head
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch, apply_options
-from kernels.tree_attention import TreeLayout, tree_attention
+from kernels.tree_attention import tree_attention
+from kernels.tree_layout import TreeLayout
 from kernels.tree_mask import tree_mask
 from server.engine.kv_cache import PagedTensors
 from server.engine.types import Tree

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from kernels.kv_commit import kv_commit
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
-from kernels.tree_attention import TreeLayout
+from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
 from server.engine.drafter import Drafter, TreeShape, root_only
 from server.engine.kv_cache import BlockPool, PagedTensors

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from drafts.eagle3 import feature_layers
-from kernels.tree_attention import TreeLayout, tree_attention
+from kernels.tree_attention import tree_attention
+from kernels.tree_layout import TreeLayout
 from kernels.tree_mask import tree_mask
 from server.engine.config import EngineError
 from server.engine.kv_cache import PagedTensors

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
-from kernels.tree_attention import TreeLayout
+from kernels.tree_layout import TreeLayout
 from server.engine import target as target_module
 from server.engine.config import EngineError
 from server.engine.target import SUPPORTED, Target, refuse_unsupported, self_check

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.tree_attention import TreeLayout, physical_slots, tree_attention
+from kernels.tree_attention import tree_attention
+from kernels.tree_layout import TreeLayout, physical_slots
 from tests.kernels.trees import climb, forests, words
 
 SCALE = 0.3

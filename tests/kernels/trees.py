@@ -14,11 +14,13 @@ def climb(parent: list[int], node: int) -> list[int]:
 
 
 def words(parent: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Ancestor words and depths, int64 [B, N], by climbing."""
+    """Ancestor words int64 [B, N], above 64 nodes [B, N, words], and depths int64 [B, N], by climbing."""
     paths = [[climb(tree, node) for node in range(len(tree))] for tree in parent]
-    bits = [[sum(1 << j for j in path) for path in tree] for tree in paths]
-    signed = [[word - (1 << 64) if word >> 63 else word for word in tree] for tree in bits]
-    return torch.tensor(signed), torch.tensor([[len(path) - 1 for path in tree] for tree in paths])
+    count = -(-len(parent[0]) // 64)
+    bits = [[[sum(1 << j % 64 for j in path if j // 64 == word) for word in range(count)] for path in tree] for tree in paths]
+    signed = [[[word - (1 << 64) if word >> 63 else word for word in node] for node in tree] for tree in bits]
+    ancestors = torch.tensor(signed)
+    return ancestors.squeeze(2) if count == 1 else ancestors, torch.tensor([[len(path) - 1 for path in tree] for tree in paths])
 
 
 @st.composite

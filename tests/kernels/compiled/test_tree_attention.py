@@ -1,0 +1,45 @@
+"""Representative configurations compile without spills and within the shared memory of every GPU generation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import tree_attention
+from kernels.tree_layout import TreeLayout
+from tests.kernels.compile_only import SHARED_LIMIT, check_launches
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize(
+    ("rows", "heads", "size", "dtype", "chunk", "options"),
+    [
+        (32, (32, 8), 128, BF16, False, {}),
+        (1, (32, 8), 128, BF16, False, {}),
+        (512, (32, 8), 128, BF16, True, {}),
+        (128, (32, 8), 128, BF16, False, {"sliding_window": 4096}),
+        (16, (14, 2), 64, BF16, False, {}),
+        (16, (32, 32), 80, torch.float16, False, {}),
+        (16, (8, 4), 256, BF16, False, {"softcap": 50.0, "sliding_window": 4096}),
+        (256, (8, 4), 256, BF16, True, {"softcap": 50.0}),
+        (32, (64, 8), 64, BF16, False, {"sliding_window": 128, "sinks": torch.empty(64, device="meta")}),
+        (32, (8, 2), 64, FP32, False, {}),
+        (64, (8, 2), 128, FP32, True, {}),
+    ],
+)  # fmt: skip
+def test_compiles(
+    rows: int, heads: tuple[int, int], size: int, dtype: torch.dtype, chunk: bool, options: dict, capability: int, tmp_path: Path
+) -> None:
+    def empty(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    ancestors = None if chunk else empty(4, rows) if rows <= 64 else empty(4, rows, 2)
+    live = empty(4, rows, dtype=torch.bool) if chunk else None
+    layout = TreeLayout(empty(4, 2100), empty(4), empty(4, rows), ancestors, live, 16, 32768)
+    q, cache = empty(4, rows, heads[0], size, dtype=dtype), empty(9000, 16, heads[1], size, dtype=dtype)
+    ptx = check_launches(
+        tree_attention, lambda: tree_attention.tree_attention_triton(q, cache, cache, layout, 0.1, **options), capability, tmp_path
+    )
+    assert "cp.async" in ptx[0] or dtype == FP32, "K and V are fetched ahead"
