@@ -145,7 +145,9 @@ def drafting(batch: int = 32, topk: int = 8) -> Iterator[Case]:
     drafted = topk + 7 * topk**2
     pool = torch.randn(batch, drafted, device=DEVICE).cumsum(1).neg()
     index = torch.zeros(batch, drafted, dtype=torch.long, device=DEVICE)
-    yield Case(f"best_nodes, batch {batch}", batch * drafted * 20, lambda: best_nodes(index[:, 0].contiguous(), pool, index, index, 64))
+    yield Case(
+        f"best_nodes, batch {batch}", batch * drafted * 20, lambda: best_nodes(index[:, 0].contiguous(), pool, index, index, 64, 0.0)
+    )
 
 
 def bookkeeping(batch: int = 32, nodes: int = 64, layers: int = 32, accepted: int = 4) -> Iterator[Case]:

@@ -8,17 +8,25 @@ from torch import Tensor
 from kernels.jit import jit, tl, triton
 
 
-def best_nodes_reference(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+def best_nodes_reference(
+    roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float
+) -> tuple[Tensor, Tensor]:
     """``best_nodes`` in plain PyTorch."""
-    count = min(nodes - 1, scores.shape[1])
-    order = scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
-    kept = order.sort(dim=1).values
+    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    count = worthwhile_nodes(ordered, nodes, node_price)
+    kept = order[:, :count].sort(dim=1).values
     parents = parents.gather(1, kept)
     parent = torch.where(parents == 0, 0, torch.searchsorted(kept + 1, parents) + 1)
     alive = scores.gather(1, kept) > float("-inf")
     root = roots[:, None]
     parent = torch.cat((torch.zeros_like(root), torch.where(alive, parent, 0)), dim=1)
     return torch.cat((root, torch.where(alive, tokens.gather(1, kept), -1)), dim=1), parent
+
+
+def worthwhile_nodes(ordered: Tensor, nodes: int, node_price: float) -> int:
+    """How many drafted nodes to keep, at least one; ordered: scores float32 [B, M], best first. With a price the host waits for them."""
+    count = min(nodes - 1, ordered.shape[1])
+    return count if node_price == 0 else max(1, min(count, int((ordered.exp().sum(0) >= node_price).sum())))
 
 
 @jit
@@ -59,10 +67,13 @@ def best_nodes_kernel(
     tl.store(parent_out + b * (count + 1) + node, parent, mask=node <= count)
 
 
-def best_nodes_triton(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
-    """``best_nodes`` in one kernel."""
+def best_nodes_triton(
+    roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float
+) -> tuple[Tensor, Tensor]:
+    """``best_nodes`` in one kernel, after a sort where nodes have a price."""
     batch, drafted = scores.shape
-    count = min(nodes - 1, drafted)
+    ordered = scores.sort(dim=1, descending=True).values if node_price > 0 else scores
+    count = worthwhile_nodes(ordered, nodes, node_price)
     token, parent = (torch.empty(batch, count + 1, dtype=torch.long, device=scores.device) for _ in range(2))
     best_nodes_kernel[(batch,)](
         roots, scores, tokens, parents, token, parent, drafted, count, NODES=triton.next_power_of_2(count + 1), CHUNK=64
@@ -70,12 +81,13 @@ def best_nodes_triton(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Te
     return token, parent
 
 
-def best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int) -> tuple[Tensor, Tensor]:
+def best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float) -> tuple[Tensor, Tensor]:
     """The root and the best ``nodes`` - 1 of M drafted nodes, parents before children, as tokens and parents int64 [B, N].
 
     roots int64 [B]; scores float32 [B, M], -inf for nodes that cannot be; tokens int64 [B, M]; parents int64 [B, M]: a node's parent in
-    the pool, counted from 1 on, 0 for the root. N = min(nodes, M + 1). A kept node of score -inf is dead: token -1, parent 0. A child
+    the pool, counted from 1 on, 0 for the root; node_price: expected tokens that the n-th best nodes of all requests must bring together
+    for trees to have n of them, 0: N = min(nodes, M + 1). A kept node of score -inf is dead: token -1, parent 0. A child
     never scores above its parent, and of equal scores the first stays: a kept node's parent is kept.
     """
     best = best_nodes_triton if scores.is_cuda else best_nodes_reference
-    return best(roots, scores, tokens, parents, nodes)
+    return best(roots, scores, tokens, parents, nodes, node_price)

@@ -50,7 +50,7 @@ def check_draft_level(
         assert torch.equal(mine[apart], other[apart])
 
 
-def check_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, device: str) -> None:
+def check_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, node_price: float, device: str) -> None:
     """Pools as a drafter makes them, with ties, dead children and children as good as their parent."""
     rng = random.Random(seed)
     pools = []
@@ -68,5 +68,6 @@ def check_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, 
     parents = torch.tensor([pool[1] for pool in pools])
     tokens = torch.randint(0, 1000, scores.shape, generator=torch.Generator().manual_seed(seed))
     arguments = [part.to(device) for part in (torch.arange(batch), scores, tokens, parents)]
-    for mine, other in zip(best_nodes_triton(*arguments, nodes), best_nodes_reference(*arguments, nodes), strict=True):
+    ours, expected = (choose(*arguments, nodes, node_price) for choose in (best_nodes_triton, best_nodes_reference))
+    for mine, other in zip(ours, expected, strict=True):
         assert torch.equal(mine, other)

@@ -28,5 +28,5 @@ def test_draft_level_compiles(vocab: int, reduced: bool, capability: int, tmp_pa
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
 def test_best_nodes_compiles(capability: int, tmp_path: Path) -> None:
     drafted = torch.zeros(BATCH, TOPK + 7 * TOPK**2, dtype=torch.long)
-    arguments = (drafted[:, 0], drafted.float(), drafted, drafted, 64)
+    arguments = (drafted[:, 0], drafted.float(), drafted, drafted, 64, 0.0)
     check_launches(best_nodes, lambda: best_nodes.best_nodes_triton(*arguments), capability, tmp_path)

@@ -44,7 +44,7 @@ def test_draft_level(vocab: int, topk: int, reduced: bool, parts: str) -> None:
         check_draft_level(topk, 4, topk, vocab, topk, torch.bfloat16, parts, reduced, sampled, "cuda")
 
 
-@pytest.mark.parametrize("nodes", [1, 16, 64])
+@pytest.mark.parametrize(("nodes", "node_price"), [(2, 0.0), (16, 0.0), (64, 0.0), (64, 0.3)])
 @pytest.mark.parametrize(("topk", "levels"), [(4, 3), (8, 8), (64, 2)], ids=["small", "deep", "wide"])
-def test_best_nodes(topk: int, levels: int, nodes: int) -> None:
-    check_best_nodes(nodes + topk, 4, topk, levels, nodes, "cuda")
+def test_best_nodes(topk: int, levels: int, nodes: int, node_price: float) -> None:
+    check_best_nodes(nodes + topk, 4, topk, levels, nodes, node_price, "cuda")

@@ -18,7 +18,10 @@ def test_draft_level(seed: int, rows: int, vocab: int, topk: int, dtype: torch.d
     check_draft_level(seed, 2, rows, vocab, topk, dtype, parts, reduced, sampled, "cpu")
 
 
-@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.sampled_from([1, 2, 5, 16, 64]))
+@given(
+    st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.sampled_from([2, 5, 16, 64]),
+    st.sampled_from([0.0, 0.3]),
+)  # fmt: skip
 @settings(max_examples=20)
-def test_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int) -> None:
-    check_best_nodes(seed, batch, topk, levels, nodes, "cpu")
+def test_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, node_price: float) -> None:
+    check_best_nodes(seed, batch, topk, levels, nodes, node_price, "cpu")
