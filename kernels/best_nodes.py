@@ -31,8 +31,8 @@ def worthwhile_nodes(ordered: Tensor, nodes: int, node_price: float) -> int:
 
 @jit
 def best_nodes_kernel(
-    roots: tl.tensor, scores: tl.tensor, tokens: tl.tensor, parents: tl.tensor, tokens_out: tl.tensor, parent_out: tl.tensor, drafted:
-    tl.tensor, count: tl.tensor, NODES: tl.constexpr, CHUNK: tl.constexpr,
+    roots: tl.tensor, scores: tl.tensor, tokens: tl.tensor, parents: tl.tensor, tokens_out: tl.tensor, parent_out: tl.tensor,
+    drafted: tl.tensor, count: tl.tensor, NODES: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per request. A candidate stays when fewer than ``count`` are ahead of it; its node is the number that stay up to it."""
     b = tl.program_id(0)

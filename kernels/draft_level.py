@@ -55,8 +55,8 @@ def _of_draft(options: SamplingBatch, target_ids: Tensor | None) -> SamplingBatc
 @jit
 def tile_children_kernel(
     logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, options: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
-    depth: tl.tensor, sigma: tl.tensor, target_ids: tl.tensor, values: tl.tensor, ids_out: tl.tensor, sums: tl.tensor, vocab: tl.tensor,
-    topk: tl.tensor, BLOCK: tl.constexpr,
+    depth: tl.tensor, sigma: tl.tensor, target_ids: tl.tensor, values: tl.tensor, ids_out: tl.tensor, sums: tl.tensor,
+    vocab: tl.tensor, topk: tl.tensor, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (tile of the vocabulary, request): of every row the tile's ``topk`` scores, and the sum of their exponentials
     relative to the largest. values, ids_out [B, R, tiles, topk]; sums [B, R, tiles].
@@ -95,8 +95,8 @@ def tile_children_kernel(
 
 @jit
 def row_children_kernel(
-    values: tl.tensor, ids: tl.tensor, sums: tl.tensor, parent_scores: tl.tensor, target_ids: tl.tensor, scores: tl.tensor, tokens:
-    tl.tensor, tiles: tl.tensor, topk: tl.tensor, CANDIDATES: tl.constexpr, TILES: tl.constexpr,
+    values: tl.tensor, ids: tl.tensor, sums: tl.tensor, parent_scores: tl.tensor, target_ids: tl.tensor, scores: tl.tensor,
+    tokens: tl.tensor, tiles: tl.tensor, topk: tl.tensor, CANDIDATES: tl.constexpr, TILES: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per row: its ``topk`` best of all tiles, normalised, with the parent's score added."""
     row = tl.program_id(0)

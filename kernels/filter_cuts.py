@@ -11,8 +11,8 @@ from kernels.sampling import OptionPointers, TreePointers, adjust, load_options
 
 @jit
 def _tile(
-    logits: tl.tensor, row: tl.tensor, options: tl.tuple, tree: tl.tuple, b: tl.tensor, node: tl.tensor, first: tl.tensor, vocab:
-    tl.tensor, BLOCK: tl.constexpr,
+    logits: tl.tensor, row: tl.tensor, options: tl.tuple, tree: tl.tuple, b: tl.tensor, node: tl.tensor, first: tl.tensor,
+    vocab: tl.tensor, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The adjusted logits [BLOCK] of the tokens from ``first`` on, -inf past the end; ``row``: where the node's logits begin."""
     ids = first + tl.arange(0, BLOCK)
@@ -23,8 +23,8 @@ def _tile(
 
 @jit
 def _above(
-    logits: tl.tensor, row: tl.tensor, options: tl.tuple, tree: tl.tuple, b: tl.tensor, node: tl.tensor, vocab: tl.tensor, value:
-    tl.tensor, top: tl.tensor, MASS: tl.constexpr, BLOCK: tl.constexpr,
+    logits: tl.tensor, row: tl.tensor, options: tl.tuple, tree: tl.tuple, b: tl.tensor, node: tl.tensor, vocab: tl.tensor,
+    value: tl.tensor, top: tl.tensor, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """How many logits lie above ``value``, or (MASS) the sum of their exp(x - top); and the neighbours: the smallest logit above
     ``value``, the largest that is not above it. NaN counts for nothing.
@@ -43,18 +43,18 @@ def _above(
 
 @jit
 def _cut(
-    logits: tl.tensor, row: tl.tensor, options: tl.tuple, tree: tl.tuple, b: tl.tensor, node: tl.tensor, vocab: tl.tensor, top:
-    tl.tensor, limit: tl.tensor, MASS: tl.constexpr, BLOCK: tl.constexpr,
+    logits: tl.tensor, row: tl.tensor, options: tl.tuple, tree: tl.tuple, b: tl.tensor, node: tl.tensor, vocab: tl.tensor,
+    top: tl.tensor, limit: tl.tensor, MASS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """The smallest logit that has fewer than ``limit`` logits (less than ``limit`` mass) above it, by bisection; and a value below it
     with no logit between. Both -inf where every logit stays.
 
     Invariant: ``high`` is a logit of the row that stays, ``low`` a value that does not (-inf: none found yet, and the steps down from
-    the top double). Every step halves the floats between them, and ends when no logit lies between.
+    the top double). Every step lowers ``high`` or raises ``low``; the search ends when no logit or no float lies between them.
     """
     low = top - float("inf")
     high = top
-    width = top * 0 + 1.0
+    width = tl.maximum(tl.abs(top) * 0.001, 1.0)
     searching = top > low
     while searching:
         middle = tl.where(low == float("-inf"), high - width, low * 0.5 + high * 0.5)
@@ -64,8 +64,8 @@ def _cut(
             high = under
             searching = under > float("-inf")
         else:
+            searching = (over < high) & (middle > low)
             low = middle
-            searching = over < high
         width *= 2
     return high, low
 

@@ -111,8 +111,8 @@ def tile_best_kernel(
 @jit
 def accept_kernel(
     best: tl.tensor, best_id: tl.tensor, tokens: tl.tensor, parent: tl.tensor, depth: tl.tensor, ancestors: tl.tensor, path: tl.tensor,
-    accepted: tl.tensor, committed: tl.tensor, healthy: tl.tensor, tiles: tl.tensor, nodes: tl.tensor, max_depth: tl.tensor, NODES:
-    tl.constexpr, DEPTHS: tl.constexpr, CHUNK: tl.constexpr,
+    accepted: tl.tensor, committed: tl.tensor, healthy: tl.tensor, tiles: tl.tensor, nodes: tl.tensor, max_depth: tl.tensor,
+    NODES: tl.constexpr, DEPTHS: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per request: the best tile of every node, then the bit tests of ``accept``."""
     b = tl.program_id(0)
