@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.kv_commit import kv_commit
+from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
@@ -106,7 +107,7 @@ class Steps:
         """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""
         self.sync_draft([r for r in requests if sum(map(Tensor.nelement, r.pending)) * self.target.dtype.itemsize > MAX_PENDING_BYTES])
 
-    def _propose(self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Tensor | None) -> Tree:
+    def _propose(self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None) -> Tree:
         """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
         roots = self._roots(requests)
         if self.drafter is None or shape.nodes == 1:
@@ -178,9 +179,10 @@ class Steps:
         return torch.tensor(lengths, device=self.device), max(lengths)
 
 
-def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Tensor | None) -> tuple[Verdict, Tensor]:
+def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Noise | None) -> tuple[Verdict, Tensor]:
     """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V]."""
-    return Verdict(*tree_verify(logits, options, noise, *tree, max_depth)), ~logits.flatten(1).isnan().any(1)
+    *verdict, healthy = tree_verify(logits, options, noise, *tree, max_depth)
+    return Verdict(*verdict), healthy
 
 
 def _path_logprobs(request: Request, logits: Tensor, path: Tensor, committed: list[int]) -> list[TokenLogprob] | None:
