@@ -39,8 +39,8 @@ def draft_level_reference(
     if noise is not None:
         drawn = noise.values[:, depth]
         logits = logits + (drawn if target_ids is None else drawn[:, target_ids])[:, None]
-    children = (logits / sigma[:, None, None]).log_softmax(-1)
-    children, ids = torch.nan_to_num(children, nan=float("-inf"), neginf=float("-inf")).topk(topk, dim=-1)
+    children, ids = (logits / sigma[:, None, None]).log_softmax(-1).topk(topk, dim=-1)
+    children = torch.nan_to_num(children, nan=float("-inf"), neginf=float("-inf"))  # a NaN fills its whole row
     children = (children + scores[:, :, None]).flatten(1)
     tokens = (ids if target_ids is None else target_ids[ids]).flatten(1)
     best_scores, best = children.topk(topk, dim=1)

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import jit, tl, triton
+from kernels.jit import compute_capability, jit, tl, triton
 from kernels.tree_layout import TreeLayout
 
 LOG2_E = 1.4426950408889634
-PROGRAMS = 128  # what one request with a long context is cut into: about one program for every multiprocessor of a large GPU
+PROGRAMS = 128  # of one request with a long context: large tiles fill the multiprocessors of a large GPU once, small ones more often
 
 
 def tree_attention(
@@ -65,14 +65,17 @@ class Tiles(NamedTuple):
     max_splits: int
 
 
-def choose_tiles(rows: int, group: int, kv_heads: int, size: int, dtype: torch.dtype) -> Tiles:
+def choose_tiles(rows: int, group: int, kv_heads: int, size: int, dtype: torch.dtype, capability: int) -> Tiles:
     """Nothing here depends on the batch, so that a request's result does not."""
-    wide = size > 128
-    half = dtype.itemsize == 2
-    tile_rows = min(max(16, triton.next_power_of_2(rows * group)), (64 if wide else 128) if half else 32)
-    columns = (32 if wide else 64) if half else (16 if wide else 32)
+    most_rows = 128 if size <= 128 else 64
+    # Elsewhere Q stays in registers and shared memory is less than half as large.
+    columns = (64 if capability // 10 in (9, 10) else 32) * most_rows // 128
+    if dtype == torch.float32:  # without tensor cores, larger tiles would spill
+        most_rows, columns = 16, 16
+    tile_rows = min(max(16, triton.next_power_of_2(rows * group)), most_rows)
+    programs = PROGRAMS * min(4, 128 // tile_rows)
     # A split's partial result is written and read again, which must stay little beside the K and V that the split reads.
-    return Tiles(tile_rows, columns, max(256, 4 * tile_rows), max(1, PROGRAMS // (kv_heads * triton.cdiv(rows * group, tile_rows))))
+    return Tiles(tile_rows, columns, max(256, 4 * tile_rows), max(1, programs // (kv_heads * triton.cdiv(rows * group, tile_rows))))
 
 
 def tree_attention_triton(
@@ -84,7 +87,7 @@ def tree_attention_triton(
     kv_heads = k_cache.shape[2]
     if q.stride(3) != 1:
         q = q.contiguous()
-    tiles = choose_tiles(rows, heads // kv_heads, kv_heads, size, q.dtype)
+    tiles = choose_tiles(rows, heads // kv_heads, kv_heads, size, q.dtype, compute_capability(q))
     longest = layout.max_context if sliding_window is None else min(layout.max_context, sliding_window + tiles.columns)
     splits = min(tiles.max_splits, triton.cdiv(longest + layout.first_column + rows, tiles.min_split))
     out = q.new_empty(batch, rows, heads, size)
@@ -100,7 +103,7 @@ def tree_attention_triton(
         LOG2_E * (scale if softcap is None else softcap), None if softcap is None else scale / softcap,
         rows, layout.first_column, layout.block_tables.stride(0), layout.depth.stride(0), q.stride(0), q.stride(1), q.stride(2),
         kv_heads, heads // kv_heads, size, max(16, triton.next_power_of_2(size)), layout.block_size, words, sliding_window, *tiles,
-        num_warps=8 if tiles.rows == 128 else 4, num_stages=3,
+        num_warps=8 if tiles.rows == 128 or tiles.rows * size > 8192 else 4, num_stages=5,  # K and V two tiles ahead
     )  # fmt: skip
     if lse is not None:
         combine_kernel[triton.cdiv(rows * heads, 8), batch](

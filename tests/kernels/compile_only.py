@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -39,13 +40,9 @@ def check_launches(module: ModuleType, launch: Callable[[], object], capability:
     Tensors may lie on the device "meta". Raises AssertionError where a kernel spills registers or takes too much shared memory.
     """
     recorded = {name: Launches(kernel) for name, kernel in vars(module).items() if isinstance(kernel, JITFunction)}
-    try:
-        for name, launches in recorded.items():
-            setattr(module, name, launches)
+    known_capability = {"compute_capability": lambda tensor: capability} if hasattr(module, "compute_capability") else {}
+    with patch.multiple(module, **recorded, **known_capability):
         launch()
-    finally:
-        for name, launches in recorded.items():
-            setattr(module, name, launches.kernel)
     made = [(launches.kernel, *call) for launches in recorded.values() for call in launches.calls]
     assert made, "nothing was launched"
     return [_check(kernel, arguments, options, capability, tmp_path / "kernel.cubin") for kernel, arguments, options in made]
