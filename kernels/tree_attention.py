@@ -261,7 +261,7 @@ def combine_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED_SIZE], tl.float32)
-    for split in range(tl.cdiv(end - begin, length)):
+    for split in tl.range(0, tl.cdiv(end - begin, length), num_stages=4):
         place = (split * tl.num_programs(1) + request) * count + row
         part_lse = tl.load(lse + place, mask=row < count, other=float("-inf"))
         part = tl.load(partial + place[:, None] * SIZE + size[None, :], mask=mask, other=0.0)
