@@ -11,10 +11,10 @@ INSTALL = $(PY) -m pip install --constraint constraints/$(TORCH).txt --editable
 INPUTS := pyproject.toml $(wildcard constraints/*.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench clean
+.PHONY: help serve test lint bench gpu-check clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 serve: $(VENV)/.serve ## start the server on 127.0.0.1:8000 (ARGS="MODEL --draft HEAD ..."; without them the demo pair)
 	$(PY) -m server $(ARGS)
@@ -29,6 +29,9 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## speculation against plain decoding, over HTTP, in one run (ARGS="--limit 8 --rounds 5 ...")
 	$(PY) -m tools.bench.http $(ARGS)
+
+gpu-check: ## kernel tests, token equality and benchmarks on an NVIDIA GPU, with $(PYTHON) as it is
+	$(PYTHON) -m tools.gpu_check
 
 clean: ## remove the virtual environment and all caches
 	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

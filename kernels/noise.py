@@ -1,7 +1,15 @@
 """Gumbel noise from a counter-based generator: a pure function of (seed, position, token id)."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from kernels.jit import jit, tl, triton
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER = (0xD2511F53, 0xCD9E8D57)
@@ -27,11 +35,102 @@ def random_bits(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=2).flatten(1)[:, :vocab_size]
 
 
+def gumbel_noise_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """``gumbel_noise`` in plain PyTorch."""
+    uniform = (random_bits(seeds, positions, vocab_size).float() + 0.5) * 2.0**-32
+    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
+
+
+@jit
+def philox(seed: tl.tensor, position: tl.tensor, block: tl.tensor) -> tl.tensor:
+    """The four words of counter (block, position, 0, 0) under the key ``seed``; block: uint32 of any shape, the others int64 scalars."""
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0, c2 = block, tl.zeros_like(block)
+    c1, c3 = c2 + (position & 0xFFFFFFFF).to(tl.uint32), c2
+    for _ in tl.static_range(7):
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + 0x9E3779B9, k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@jit
+def gumbel(bits: tl.tensor) -> tl.tensor:
+    """The noise of uint32 words, as in ``gumbel_noise``; log1p by the quotient that cancels the rounding of 1 - v (Kahan)."""
+    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    rest = 1.0 - v
+    lost = tl.where(rest == 1.0, 1.0, 1.0 - rest)
+    return -tl.log(tl.where(rest == 1.0, v, -tl.log(rest) * (v / lost)))
+
+
+@jit
+def gumbel_tile(seed: tl.tensor, position: tl.tensor, first: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
+    """Noise float32 [BLOCK] of the tokens from ``first``, a multiple of 4, on: one counter makes four tokens' words."""
+    w0, w1, w2, w3 = philox(seed, position, (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32))
+    return gumbel(tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK]))
+
+
+@jit
+def gumbel_at(seed: tl.tensor, position: tl.tensor, ids: tl.tensor) -> tl.tensor:
+    """Noise float32 of the tokens ``ids``, int64 of any shape and order."""
+    w0, w1, w2, w3 = philox(seed, position, (ids // 4).to(tl.uint32))
+    word = ids % 4
+    return gumbel(tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3)))
+
+
+@jit
+def gumbel_noise_kernel(seeds: tl.tensor, positions: tl.tensor, out: tl.tensor, vocab: tl.tensor, BLOCK: tl.constexpr) -> None:
+    """One program per (tile of the vocabulary, row)."""
+    row = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * BLOCK
+    ids = first + tl.arange(0, BLOCK)
+    noise = gumbel_tile(tl.load(seeds + row), tl.load(positions + row), first, BLOCK)
+    tl.store(out + row * vocab + ids, noise, mask=ids < vocab)
+
+
+def gumbel_noise_triton(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """``gumbel_noise`` as one kernel."""
+    out = torch.empty(len(seeds), vocab_size, device=seeds.device)
+    grid = (triton.cdiv(vocab_size, 1024), len(seeds))
+    gumbel_noise_kernel[grid](seeds, positions, out, vocab_size, BLOCK=1024)
+    return out
+
+
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise, float32 [R, vocab_size], for the tokens at ``positions`` of requests with ``seeds`` (int64 [R] each).
 
     Every device and kernel derives it from the same bits: v = (bits + 1/2) / 2^32, g = -log(-log(1 - v)). Small v, which give
-    the large g that win, keep float32's relative precision.
+    the large g that win, keep float32's relative precision. Devices differ by the last bits of their logarithms.
     """
-    uniform = (random_bits(seeds, positions, vocab_size).float() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
+    return (gumbel_noise_triton if seeds.is_cuda else gumbel_noise_reference)(seeds, positions, vocab_size)
+
+
+class NoiseKey(NamedTuple):
+    """What the noise of a batch is a function of; depth d of request b belongs to the token at position ``positions[b] + d``."""
+
+    seeds: Tensor  # int64 [B]
+    positions: Tensor  # int64 [B]
+    sampled: Tensor  # bool [B], False for greedy requests, which have no noise
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """The noise of one step. Kernels make the values where they need them, from the key; references read ``values``."""
+
+    key: NoiseKey
+    depths: int
+    vocab_size: int
+
+    @cached_property
+    def values(self) -> Tensor:
+        """float32 [B, depths, V], made once; zero for greedy requests."""
+        seeds, first, sampled = self.key
+        rows = sampled.nonzero().squeeze(1)
+        positions = first[rows, None] + torch.arange(self.depths, device=rows.device)
+        drawn = gumbel_noise(seeds[rows].repeat_interleave(self.depths), positions.flatten(), self.vocab_size)
+        drawn = drawn.view(len(rows), self.depths, self.vocab_size)
+        if len(rows) == len(seeds):
+            return drawn
+        return drawn.new_zeros(len(seeds), self.depths, self.vocab_size).index_copy_(0, rows, drawn)

@@ -1,9 +1,13 @@
 """Sampling options on logits, for every node of every tree along the node's own path."""
 
+from __future__ import annotations
+
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from kernels.jit import jit, tl
 
 
 class Filters(NamedTuple):
@@ -88,19 +92,102 @@ def _penalise(logits: Tensor, penalties: Penalties, tokens: Tensor, ancestors: T
 
 
 def apply_filters(logits: Tensor, filters: Filters) -> Tensor:
-    """top-k, then top-p, then min-p on logits [B, N, V] that the temperature has already divided.
+    """top-k, then top-p, then min-p on logits [B, N, V] that the temperature has already divided; what they remove becomes -inf.
 
-    top_k keeps the k largest and their ties; top_p the fewest largest that reach the mass; min_p what is at least that share of
-    the largest probability. At least one token always stays.
+    top_k keeps the k largest; top_p what has less than that mass strictly above it; min_p what is at least that share of the largest
+    probability. Equal logits stay or go together, and at least one token stays.
     """
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    threshold = ordered.gather(2, (filters.top_k - 1).clamp(0, logits.shape[2] - 1)[:, None, None].expand(-1, logits.shape[1], 1))
-    ordered = ordered.masked_fill(ordered < threshold, float("-inf"))
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
+    return logits.masked_fill(logits < filter_cuts(logits, filters)[:, :, None], float("-inf"))
+
+
+def filter_cuts(logits: Tensor, filters: Filters) -> Tensor:
+    """The smallest logit of every row that passes the filters, float32 [B, N]. Arguments as for ``apply_filters``."""
+    top_k, top_p, min_p = (option[:, None, None] for option in filters)
+    ordered = logits.sort(dim=-1, descending=True).values
+    cut = ordered.gather(2, (top_k - 1).clamp(0, logits.shape[2] - 1).expand(-1, logits.shape[1], 1))
+    probabilities = ordered.masked_fill(ordered < cut, float("-inf")).softmax(-1)
+    above = probabilities.cumsum(-1) - probabilities
     # The running sum may round up to 1 before the end: a request without top_p must not notice.
-    removed = (before >= filters.top_p[:, None, None]) & (filters.top_p < 1)[:, None, None]
-    removed |= probabilities < filters.min_p[:, None, None] * probabilities[:, :, :1]
-    removed[:, :, 0] = False
-    ordered = ordered.masked_fill(removed, float("-inf"))
-    return torch.empty_like(ordered).scatter_(2, order, ordered)
+    kept = ((above < top_p) | (top_p >= 1)) & (probabilities >= min_p * probabilities[:, :, :1])
+    last = (kept.sum(2, keepdim=True) - 1).clamp(min=0)
+    return torch.maximum(cut, ordered.gather(2, last)).squeeze(2)
+
+
+class TreePointers(NamedTuple):
+    """What the kernels read of a tree; None where no option of the batch looks at it."""
+
+    tokens: Tensor | None  # int64 [B, N]
+    parent: Tensor | None  # int64 [B, N]
+    depth: Tensor | None  # int64 [B, N]
+    nodes: int  # N
+
+
+class OptionPointers(NamedTuple):
+    """What the kernels read of a ``SamplingBatch``: one value per request or per (request, token); None for unused parts."""
+
+    temperature: Tensor  # float32 [B]
+    filters: Filters | None
+    bias: Tensor | None  # float32 [B, V]
+    banned: Tensor | None  # int8 [B, V]
+    until_depth: Tensor | None  # int64 [B]
+    counts: Tensor | None  # int32 [B, V]
+    prompt_tokens: Tensor | None  # bool [B, V]
+    presence: Tensor | None  # float32 [B]
+    frequency: Tensor | None  # float32 [B]
+    repetition: Tensor | None  # float32 [B]
+
+    @classmethod
+    def of(cls, options: SamplingBatch, vocab_size: int) -> OptionPointers:
+        """Bias and bans become dense, [B, V]: a tile of the vocabulary then reads them once for all nodes of its request."""
+        bias = banned = None
+        batch, device = len(options.temperature), options.temperature.device
+        if options.bias is not None:
+            bias = torch.zeros(batch, vocab_size, device=device).scatter_add_(1, options.bias.ids, options.bias.values.float())
+        if options.bans is not None:
+            ids = options.bans.ids
+            banned = torch.zeros(batch, vocab_size, dtype=torch.int8, device=device)
+            banned.scatter_add_(1, ids.clamp(min=0), (ids >= 0).to(torch.int8))
+        until_depth = None if options.bans is None else options.bans.until_depth
+        counts = prompt_tokens = presence = frequency = repetition = None
+        if options.penalties is not None:
+            counts, prompt_tokens = options.penalties.output_counts, options.penalties.prompt_tokens
+            presence, frequency, repetition = (column.contiguous() for column in options.penalties[:3])
+        return cls(options.temperature, options.filters, bias, banned, until_depth, counts, prompt_tokens, presence, frequency, repetition)
+
+
+@jit
+def load_options(options: tl.tuple, b: tl.tensor, ids: tl.tensor, vocab: tl.tensor) -> tl.tensor:
+    """What the options say of the tokens ``ids`` [BLOCK] of request b: bias, bans, counts, prompt tokens; zero where unused."""
+    inside = ids < vocab
+    row = b.to(tl.int64) * vocab
+    bias = tl.load(options.bias + row + ids, mask=inside, other=0.0) if options.bias is not None else 0.0
+    banned = tl.load(options.banned + row + ids, mask=inside, other=0) if options.banned is not None else 0
+    counts = tl.load(options.counts + row + ids, mask=inside, other=0) if options.counts is not None else 0
+    in_prompt = tl.load(options.prompt_tokens + row + ids, mask=inside, other=0) if options.counts is not None else 0
+    return bias, banned, counts, in_prompt
+
+
+@jit
+def adjust(
+    logits: tl.tensor, options: tl.tuple, values: tl.tuple, tree: tl.tuple, b: tl.tensor, node: tl.tensor, ids: tl.tensor
+) -> tl.tensor:
+    """Logits float32 [BLOCK] of the tokens ``ids`` after ``node`` with every option but the filters, as ``apply_options`` makes them.
+
+    values: from ``load_options``; tree: a TreePointers.
+    """
+    bias, banned, counts, in_prompt = values
+    if options.bias is not None:
+        logits = logits + bias
+    if options.banned is not None:
+        banning = tl.load(tree.depth + b * tree.nodes + node) < tl.load(options.until_depth + b)
+        logits = tl.where(banning & (banned != 0), float("-inf"), logits)
+    if options.counts is not None:
+        ancestor = tl.full([], 0, tl.int64) + node
+        while ancestor > 0:
+            counts += (ids == tl.load(tree.tokens + b * tree.nodes + ancestor)).to(tl.int32)
+            ancestor = tl.load(tree.parent + b * tree.nodes + ancestor)
+        factor = tl.load(options.repetition + b)
+        penalised = tl.where(logits > 0, logits / factor, logits * factor)
+        logits = tl.where((counts > 0) | (in_prompt != 0), penalised, logits)
+        logits = logits - tl.load(options.frequency + b) * counts - tl.where(counts > 0, tl.load(options.presence + b), 0.0)
+    return logits * (1.0 / tl.load(options.temperature + b))

@@ -1,21 +1,28 @@
 """Parallel acceptance: which nodes survive, and the token after them. One rule for every temperature."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
-from kernels.sampling import SamplingBatch, apply_options
+from kernels.filter_cuts import filter_cuts_triton
+from kernels.jit import jit, tl, triton
+from kernels.noise import Noise, gumbel_tile
+from kernels.sampling import OptionPointers, SamplingBatch, TreePointers, adjust, apply_options, load_options
+
+PROGRAMS = 4096  # that keep every multiprocessor busy
 
 
-def select_tokens(logits: Tensor, options: SamplingBatch, noise: Tensor | None, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
+def select_tokens(logits: Tensor, options: SamplingBatch, noise: Noise | None, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
     """The target's own token after every node: argmax(logits after all options + noise of the token's position).
 
-    logits [B, N, V]; noise float32 [B, depths, V], row d for tokens that follow a node of depth d, zero rows for greedy requests,
-    None when all are greedy. With Gumbel noise the argmax is an exact sample of the softmax (Gumbel-max). Returns int64 [B, N].
+    logits [B, N, V]; noise: its depth d is for tokens that follow a node of depth d; None when all requests are greedy. With Gumbel
+    noise the argmax is an exact sample of the softmax (Gumbel-max). Returns int64 [B, N].
     """
     scores = apply_options(logits, options, tokens, depth, ancestors)
     if noise is not None:
         batch = torch.arange(len(scores), device=scores.device)[:, None]
-        scores = scores.float() + noise[batch, depth]
+        scores = scores + noise.values[batch, depth]
     return scores.argmax(-1)
 
 
@@ -42,16 +49,179 @@ def accept(
     return path, depth.gather(1, winner).squeeze(1), committed
 
 
-def tree_verify(
+def tree_verify_reference(
     logits: Tensor,
     options: SamplingBatch,
-    noise: Tensor | None,
+    noise: Noise | None,
     tokens: Tensor,
     parent: Tensor,
     depth: Tensor,
     ancestors: Tensor,
     max_depth: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``select_tokens`` and ``accept`` in one: path, number of accepted nodes, committed tokens. Arguments as there."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``tree_verify`` in plain PyTorch."""
     target = select_tokens(logits, options, noise, tokens, depth, ancestors)
-    return accept(target, tokens, parent, depth, ancestors, max_depth)
+    return *accept(target, tokens, parent, depth, ancestors, max_depth), ~logits.flatten(1).isnan().any(1)
+
+
+@jit
+def tile_best_kernel(
+    logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, options: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
+    best: tl.tensor, best_id: tl.tensor, vocab: tl.tensor, per_program: tl.tensor, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per (tile of the vocabulary, group of nodes, request): the best score of each node in the tile, and its token.
+
+    The noise of a depth is made once for all following nodes of that depth: trees list their nodes level by level. One warp per
+    program keeps the reduction of a node's tile free of barriers; other programs hide its loads. best, best_id [B, tiles, N].
+    """
+    tile, b = tl.program_id(0), tl.program_id(2)
+    begin = tl.program_id(1) * per_program
+    end = tl.minimum(begin + per_program, tree.nodes)
+    ids = tile * BLOCK + tl.arange(0, BLOCK)
+    inside = ids < vocab
+    values = load_options(options, b, ids, vocab)
+    gumbel = tl.zeros([BLOCK], tl.float32)
+    drawn_depth = tl.full([], -1, tl.int64)
+    sampled = False
+    if noise is not None:
+        sampled = tl.load(noise.sampled + b) != 0
+    out = (b * tl.num_programs(0) + tile) * tree.nodes
+    for node in range(begin, end):
+        row = b.to(tl.int64) * stride_b + node * stride_n
+        scores = tl.load(logits + row + ids, mask=inside, other=float("-inf")).to(tl.float32)
+        scores = adjust(scores, options, values, tree, b, node, ids)
+        if cuts is not None:
+            scores = tl.where(scores < tl.load(cuts + b * tree.nodes + node), float("-inf"), scores)
+        if noise is not None:
+            depth = tl.load(tree.depth + b * tree.nodes + node)
+            if sampled & (depth != drawn_depth):
+                gumbel = gumbel_tile(tl.load(noise.seeds + b), tl.load(noise.positions + b) + depth, tile * BLOCK, BLOCK)
+                drawn_depth = depth
+            scores += gumbel
+        invalid = scores != scores
+        scores = tl.where(invalid, float("inf"), scores)
+        top = tl.max(scores)
+        token = tl.min(tl.where(scores == top, ids, vocab))
+        if top == float("inf"):
+            top = tl.where(tl.max(invalid.to(tl.int32)) > 0, float("nan"), top)
+        tl.store(best + out + node, top)
+        tl.store(best_id + out + node, token)
+
+
+@jit
+def accept_kernel(
+    best: tl.tensor, best_id: tl.tensor, tokens: tl.tensor, parent: tl.tensor, depth: tl.tensor, ancestors: tl.tensor, path: tl.tensor,
+    accepted: tl.tensor, committed: tl.tensor, healthy: tl.tensor, tiles: tl.tensor, nodes: tl.tensor, max_depth: tl.tensor,
+    NODES: tl.constexpr, DEPTHS: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per request: the best tile of every node, then the bit tests of ``accept``."""
+    b = tl.program_id(0)
+    node = tl.arange(0, NODES)
+    inside = node < nodes
+    top = tl.full([NODES], float("-inf"), tl.float32)
+    target = tl.full([NODES], 2**31 - 1, tl.int32)
+    valid = inside
+    for first in range(0, tiles, CHUNK):
+        tile = first + tl.arange(0, CHUNK)
+        place = (b * tiles + tile[:, None]) * nodes + node[None, :]
+        mask = (tile < tiles)[:, None] & inside[None, :]
+        value = tl.load(best + place, mask=mask, other=float("-inf"))
+        invalid = value != value
+        valid = valid & (tl.max(invalid.to(tl.int32), 0) == 0)
+        value = tl.where(invalid, float("inf"), value)
+        token = tl.load(best_id + place, mask=mask, other=2**31 - 1)
+        chunk_top = tl.max(value, 0)
+        chunk_token = tl.min(tl.where(value == chunk_top[None, :], token, 2**31 - 1), 0)
+        target = tl.where(chunk_top > top, chunk_token, tl.where(chunk_top == top, tl.minimum(target, chunk_token), target))
+        top = tl.maximum(top, chunk_top)
+    tl.store(healthy + b, tl.sum((inside & ~valid).to(tl.int32)) == 0)
+
+    own = tl.load(tokens + b * nodes + node, mask=inside, other=-1)
+    up = tl.load(parent + b * nodes + node, mask=inside, other=0)
+    level = tl.load(depth + b * nodes + node, mask=inside, other=0)
+    word = tl.load(ancestors + b * nodes + node, mask=inside, other=0)
+    wanted = tl.sum(tl.where(up[:, None] == node[None, :], target[None, :], 0), 1)
+    right = inside & ((own == wanted) | (node == 0))
+    right_bits = tl.sum(right.to(tl.int64) << node)
+    survives = inside & ((right_bits & word) == word)
+    # The deepest survivor; of several, which only a tree with equal siblings has, the first.
+    winner = NODES - 1 - tl.max(tl.where(survives, level * NODES + NODES - 1 - node, -1)) % NODES
+    winner_word = tl.sum(tl.where(node == winner, word, 0))
+    on_path = ((winner_word >> node) & 1) == 1
+    step = tl.arange(0, DEPTHS)
+    at_step = on_path[None, :] & (level[None, :] == step[:, None])
+    reached = tl.max(at_step.to(tl.int32), 1) == 1
+    chosen = tl.sum(tl.where(at_step, node[None, :], 0), 1)
+    following = tl.sum(tl.where(at_step, target[None, :], 0), 1)
+    place = b * (max_depth + 1) + step
+    tl.store(path + place, tl.where(reached, chosen, -1), mask=step <= max_depth)
+    tl.store(committed + place, tl.where(reached, following, -1), mask=step <= max_depth)
+    tl.store(accepted + b, tl.sum(tl.where(node == winner, level, 0)))
+
+
+def tree_verify_triton(
+    logits: Tensor,
+    options: SamplingBatch,
+    noise: Noise | None,
+    tokens: Tensor,
+    parent: Tensor,
+    depth: Tensor,
+    ancestors: Tensor,
+    max_depth: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``tree_verify`` in two kernels, three where a request filters. Reads the logits once, and writes [B, V / BLOCK, N]."""
+    batch, nodes, vocab = logits.shape
+    device = logits.device
+    tokens, parent, depth, ancestors = (part.contiguous() for part in (tokens, parent, depth, ancestors))
+    tree = TreePointers(tokens, parent, depth, nodes)
+    pointers = OptionPointers.of(options, vocab)
+    cuts = filter_cuts_triton(logits, pointers, tree)
+    # What a program keeps per token beside the scores takes registers.
+    kept = sum(part is not None for part in (noise, pointers.bias, pointers.banned, pointers.counts))
+    block = min(1024 >> min(kept, 2), triton.next_power_of_2(vocab))
+    tiles = triton.cdiv(vocab, block)
+    per_program = triton.cdiv(nodes, min(nodes, triton.cdiv(PROGRAMS, batch * tiles)))
+    best = torch.empty(batch, tiles, nodes, device=device)
+    best_id = torch.empty(batch, tiles, nodes, dtype=torch.int32, device=device)
+    tile_best_kernel[tiles, triton.cdiv(nodes, per_program), batch](
+        logits,
+        *logits.stride()[:2],
+        pointers,
+        tree,
+        cuts,
+        noise and noise.key,
+        best,
+        best_id,
+        vocab,
+        per_program,
+        BLOCK=block,
+        num_warps=1,
+        enable_fp_fusion=False,
+    )
+    path, committed = (torch.empty(batch, max_depth + 1, dtype=torch.long, device=device) for _ in range(2))
+    accepted = torch.empty(batch, dtype=torch.long, device=device)
+    healthy = torch.empty(batch, dtype=torch.bool, device=device)
+    accept_kernel[(batch,)](
+        best, best_id, tokens, parent, depth, ancestors, path, accepted, committed, healthy, tiles, nodes, max_depth,
+        NODES=triton.next_power_of_2(nodes), DEPTHS=triton.next_power_of_2(max_depth + 1), CHUNK=16,
+    )  # fmt: skip
+    return path, accepted, committed, healthy
+
+
+def tree_verify(
+    logits: Tensor,
+    options: SamplingBatch,
+    noise: Noise | None,
+    tokens: Tensor,
+    parent: Tensor,
+    depth: Tensor,
+    ancestors: Tensor,
+    max_depth: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``select_tokens`` and ``accept`` in one, arguments as there; logits float32, bfloat16 or float16.
+
+    Returns path, number of accepted nodes, committed tokens, and which requests' logits are free of NaN, bool [B]; the verdict of
+    the others means nothing.
+    """
+    verify = tree_verify_triton if logits.is_cuda else tree_verify_reference
+    return verify(logits, options, noise, tokens, parent, depth, ancestors, max_depth)

@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from drafts.eagle3 import Eagle3Head
-from kernels.sampling import SamplingBatch, apply_options
+from kernels.best_nodes import best_nodes
+from kernels.draft_level import draft_level
+from kernels.noise import Noise
+from kernels.sampling import SamplingBatch
 from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout
 from kernels.tree_mask import tree_mask
@@ -70,58 +73,42 @@ class Drafter:
 
     def grow(
         self, rows: Tensor, roots: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape,
-        options: SamplingBatch, noise: Tensor | None, sigma: Tensor,
+        options: SamplingBatch, noise: Noise | None, sigma: Tensor,
     ) -> Tree:  # fmt: skip
         """One tree per request (EAGLE-2): expand the best ``topk`` nodes of every level, keep the best ``nodes`` - 1 of all.
 
         A node's score is the product over its path of softmax((log q + noise) / sigma), the drafted survival probability: with the
-        request's own noise (depth d of ``noise`` [B, >= depth, V]) the draft guesses the very token that verification will draw.
+        request's own noise the draft guesses the very token that verification will draw.
         roots int64 [B]: last committed tokens; sigma float32 [B]: drafting temperatures.
         """
         topk = shape.topk
-        draft_noise = noise if noise is None or self._target_ids is None else noise[:, :, self._target_ids]
         expanded = torch.arange((shape.depth - 1) * topk, device=roots.device)
         layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
         own_bits = torch.ones_like(expanded) << expanded
         y = self.state[rows][:, None]
-        best, tokens = self._children(y, draft_noise, 0, topk, options, sigma)
-        best, tokens = best[:, 0], tokens[:, 0]
-        chosen, source, ancestors = torch.arange(topk, device=roots.device), torch.zeros_like(tokens), torch.zeros_like(tokens)
-        pool = [(best, tokens, source)]
+        level = draft_level(self.head.logits(y), options, noise, 0, sigma, self._target_ids, torch.zeros_like(sigma)[:, None], topk)
+        ancestors = torch.zeros_like(level.best)
+        pool = [(level.scores, level.tokens, ancestors)]
         first = 1  # of the last level's places in the pool; the root has place 0
         for depth in range(1, shape.depth):
-            # The level's rows: tokens, their states, and which expanded rows they descend from.
-            width = _worthwhile(best, shape)
+            width = _worthwhile(level.best_scores, shape)
             if width == 0:
                 break
-            best, tokens, source, chosen = best[:, :width], tokens[:, :width], source[:, :width], chosen[..., :width]
-            hidden = y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
+            # The rows to expand: places in the last level, its rows above them, tokens, states, and the expanded rows they descend from.
+            best, best_scores = level.best[:, :width], level.best_scores[:, :width]
+            source = best // topk
+            tokens, hidden = level.tokens.gather(1, best), y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
             rows_before = (depth - 1) * topk
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
             y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors))
-            scores, children = self._children(y, draft_noise, depth, topk, options, sigma)
-            scores, children = (scores + best[:, :, None]).flatten(1), children.flatten(1)
-            pool.append((scores, children, (first + chosen).expand_as(tokens).repeat_interleave(topk, dim=1)))
+            level = draft_level(self.head.logits(y), options, noise, depth, sigma, self._target_ids, best_scores, topk)
+            pool.append((level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
             first += pool[-2][0].shape[1]
-            best, chosen = scores.topk(topk, dim=1)
-            tokens, source = children.gather(1, chosen), chosen // topk
         self.levels = len(pool)
-        return _best_nodes(roots, pool, shape)
-
-    def _children(
-        self, y: Tensor, noise: Tensor | None, depth: int, topk: int, options: SamplingBatch, sigma: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The ``topk`` most likely survivors after each row: log-scores float32 and target ids int64, both [B, R, topk]."""
-        logits = self.head.logits(y).float()
-        if self._target_ids is not None:  # these options speak of target ids
-            options = options._replace(bias=None, bans=None, penalties=None)
-        # Penalties count the committed text alone here: a guess need not be exact.
-        none = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
-        logits = apply_options(logits, options, none, none + depth, none)
-        if noise is not None:
-            logits = logits + noise[:, depth, None]
-        best, ids = (logits / sigma[:, None, None]).log_softmax(-1).topk(topk, dim=-1)
-        return best.nan_to_num(nan=float("-inf")), self.head.to_target_ids(ids)  # a NaN fills its whole row
+        scores, tokens, parents = (torch.cat(part, dim=1) for part in zip(*pool, strict=True))
+        tokens, parent = best_nodes(roots, scores, tokens, parents, shape.nodes, shape.node_price)
+        ancestors, depths = tree_mask(parent, shape.depth)
+        return Tree(tokens, parent, depths, ancestors)
 
 
 def _worthwhile(scores: Tensor, shape: TreeShape) -> int:
@@ -135,28 +122,6 @@ def _worthwhile(scores: Tensor, shape: TreeShape) -> int:
     columns = scores.exp().sum(0)
     width = int((columns >= shape.node_price).sum())
     return width if width and float(columns[:width].sum()) >= shape.level_price else 0
-
-
-def _best_nodes(roots: Tensor, pool: list[tuple[Tensor, Tensor, Tensor]], shape: TreeShape) -> Tree:
-    """Keep the best nodes of the pool (scores, tokens, parent's pool index; index 0 is the root), parents before children.
-
-    A child never scores above its parent, and a stable sort keeps the parent first where they tie: a kept node's parent is kept.
-    """
-    scores, tokens, parents = (torch.cat(part, dim=1) for part in zip(*pool, strict=True))
-    count = min(shape.nodes - 1, scores.shape[1])
-    ordered, order = scores.sort(dim=1, descending=True, stable=True)
-    if shape.node_price > 0:
-        count = max(1, min(count, int((ordered.exp().sum(0) >= shape.node_price).sum())))
-    order = order[:, :count]
-    kept = order.sort(dim=1).values
-    parent = torch.searchsorted(kept + 1, parents.gather(1, kept))
-    parent = torch.where(parents.gather(1, kept) == 0, 0, parent + 1)
-    alive = scores.gather(1, kept) > float("-inf")
-    root = roots[:, None]
-    parent = torch.cat((torch.zeros_like(root), torch.where(alive, parent, 0)), dim=1)
-    nodes = torch.cat((root, torch.where(alive, tokens.gather(1, kept), -1)), dim=1)
-    ancestors, depth = tree_mask(parent, shape.depth)
-    return Tree(nodes, parent, depth, ancestors)
 
 
 def root_only(roots: Tensor) -> Tree:

@@ -59,6 +59,11 @@ class Request:
         return len(self.token_ids) - self.prompt_len
 
     @property
+    def num_pending(self) -> int:
+        """Rows that the draft's cache is behind."""
+        return self.context_len - self.draft_len
+
+    @property
     def prefilling(self) -> bool:
         return self.context_len < self.prompt_len
 

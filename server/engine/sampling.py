@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.noise import gumbel_noise
+from kernels.noise import Noise, NoiseKey
 from kernels.sampling import Bans, Bias, Filters, Penalties, SamplingBatch
 from server.engine.request import Request
 
@@ -57,19 +57,13 @@ def _padded(rows: list[list], fill: float, device: torch.device) -> Tensor:
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
 
 
-def batch_noise(requests: list[Request], depths: int, vocab_size: int, device: torch.device) -> Tensor | None:
-    """Gumbel noise float32 [B, depths, V]: row d for the token at position len(token_ids) + d, so that it depends on the
-    request's seed and the token's place alone. Zero for greedy requests; None when all are greedy.
+def batch_noise(requests: list[Request], depths: int, vocab_size: int, device: torch.device) -> Noise | None:
+    """Noise of the next ``depths`` tokens: depth d is position len(token_ids) + d, so that it depends on the request's seed and the
+    token's place alone. None when all requests are greedy.
     """
-    sampled = [i for i, request in enumerate(requests) if not request.params.greedy]
-    if not sampled:
+    sampled = [not request.params.greedy for request in requests]
+    if not any(sampled):
         return None
-    seeds = torch.tensor([requests[i].seed for i in sampled], device=device)
-    first = torch.tensor([len(requests[i].token_ids) for i in sampled], device=device)
-    positions = first[:, None] + torch.arange(depths, device=device)
-    drawn = gumbel_noise(seeds.repeat_interleave(depths), positions.flatten(), vocab_size).view(len(sampled), depths, vocab_size)
-    if len(sampled) == len(requests):
-        return drawn
-    noise = torch.zeros(len(requests), depths, vocab_size, device=device)
-    noise[sampled] = drawn
-    return noise
+    seeds = torch.tensor([request.seed for request in requests], device=device)
+    positions = torch.tensor([len(request.token_ids) for request in requests], device=device)
+    return Noise(NoiseKey(seeds, positions, torch.tensor(sampled, device=device)), depths, vocab_size)

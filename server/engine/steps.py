@@ -1,6 +1,7 @@
 """The two kinds of forward pass: prompt chunks, and draft -> verify -> commit for every decoding request at once."""
 
 import logging
+from collections import defaultdict
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from kernels.kv_commit import kv_commit
+from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
@@ -90,23 +92,31 @@ class Steps:
 
     def sync_draft(self, requests: list[Request]) -> None:
         """Bring the draft cache up to the committed tokens, with the target's true features."""
-        behind = [request for request in requests if request.pending]
-        if self.drafter is None or not behind:
+        groups = defaultdict(list)
+        for request in requests:
+            if request.pending:
+                # Rows are padded to the longest of a pass: a fresh prompt beside seven tokens each would cost eight prompts.
+                groups[max(8, request.num_pending).bit_length()].append(request)
+        for group in groups.values():
+            self._extend_draft(group)
+
+    def _extend_draft(self, requests: list[Request]) -> None:
+        if self.drafter is None:
             return
-        features = [request.pending[0] if len(request.pending) == 1 else torch.cat(request.pending) for request in behind]
-        following = [r.token_ids[r.draft_len + 1 : r.draft_len + 1 + len(f)] for r, f in zip(behind, features, strict=True)]
-        tokens, layout = self._chunk([request.row for request in behind], [request.draft_len for request in behind], following)
+        features = [request.pending[0] if len(request.pending) == 1 else torch.cat(request.pending) for request in requests]
+        following = [r.token_ids[r.draft_len + 1 : r.draft_len + 1 + len(f)] for r, f in zip(requests, features, strict=True)]
+        tokens, layout = self._chunk([request.row for request in requests], [request.draft_len for request in requests], following)
         counts = torch.tensor(list(map(len, features)), device=self.device)
-        self.drafter.extend(self._rows(behind), pad_sequence(features, batch_first=True), tokens, counts, layout)
-        for request, rows in zip(behind, features, strict=True):
+        self.drafter.extend(self._rows(requests), pad_sequence(features, batch_first=True), tokens, counts, layout)
+        for request, rows in zip(requests, features, strict=True):
             request.draft_len += len(rows)
             request.pending.clear()
 
     def bound_pending(self, requests: list[Request]) -> None:
         """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""
-        self.sync_draft([r for r in requests if sum(map(Tensor.nelement, r.pending)) * self.target.dtype.itemsize > MAX_PENDING_BYTES])
+        self.sync_draft([r for r in requests if r.pending and r.num_pending * r.pending[0][0].nbytes > MAX_PENDING_BYTES])
 
-    def _propose(self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Tensor | None) -> Tree:
+    def _propose(self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None) -> Tree:
         """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
         roots = self._roots(requests)
         if self.drafter is None or shape.nodes == 1:
@@ -132,6 +142,10 @@ class Steps:
 
     def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:
         """Keep the features of the accepted nodes for the draft cache."""
+        if features.shape[1] == 1:
+            for request, feature in zip(requests, features, strict=True):
+                request.pending.append(feature)
+            return
         index = verdict.path.clamp(min=0)[:, :, None].expand(-1, -1, features.shape[2])
         accepted = features.gather(1, index)
         for i, (request, count) in enumerate(zip(requests, verdict.num_accepted.tolist(), strict=True)):
@@ -178,9 +192,10 @@ class Steps:
         return torch.tensor(lengths, device=self.device), max(lengths)
 
 
-def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Tensor | None) -> tuple[Verdict, Tensor]:
+def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Noise | None) -> tuple[Verdict, Tensor]:
     """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V]."""
-    return Verdict(*tree_verify(logits, options, noise, *tree, max_depth)), ~logits.flatten(1).isnan().any(1)
+    *verdict, healthy = tree_verify(logits, options, noise, *tree, max_depth)
+    return Verdict(*verdict), healthy
 
 
 def _path_logprobs(request: Request, logits: Tensor, path: Tensor, committed: list[int]) -> list[TokenLogprob] | None:

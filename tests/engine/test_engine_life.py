@@ -223,12 +223,12 @@ def test_an_exception_while_drafting_falls_back_to_plain(
     method: str, model: PreTrainedModel, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Always, and only sometimes: the draft's state must survive a failure between two good steps."""
-    for share in (1, 2):
+    for failures in (5, 2):  # of five calls
         engine = build(model, random_head(model), tree_nodes=12)
         right, calls = getattr(engine.steps.drafter, method), iter(range(10_000))
 
-        def wrong(*args: object, right: Callable = right, calls: object = calls, share: int = share) -> object:
-            if next(calls) % share == 0:
+        def wrong(*args: object, right: Callable = right, calls: object = calls, failures: int = failures) -> object:
+            if next(calls) % 5 < failures:
                 raise RuntimeError("injected")
             return right(*args)
 
@@ -236,7 +236,7 @@ def test_an_exception_while_drafting_falls_back_to_plain(
         going = start(engine)
         check_others(going, expected)
         steps = [going.results[str(i)].speculation.num_steps for i in range(5)]
-        assert all((count == 0) == (share == 1) for count in steps)
+        assert all((count == 0) == (failures == 5) for count in steps)
 
 
 def test_a_draft_of_nan_proposes_nothing(model: PreTrainedModel, expected: list[list[int]]) -> None:

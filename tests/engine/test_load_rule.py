@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from kernels.best_nodes import best_nodes
 from server.engine import budget
 from server.engine.budget import LoadRule, StepCost, default_acceptance, measure_costs, powers_of_two
-from server.engine.drafter import TreeShape, _best_nodes, _worthwhile
+from server.engine.drafter import TreeShape, _worthwhile
 
 SHAPE = TreeShape(16, 5, 4)
 ACCEPTANCE = {1: 1.0, 2: 1.6, 4: 2.2, 8: 2.8, 16: 3.2}
@@ -118,14 +119,12 @@ def test_levels_and_nodes_are_bought_at_their_price() -> None:
 
 @pytest.mark.parametrize(("price", "nodes"), [(0.0, 6), (0.04, 5), (0.15, 4), (0.4, 3), (5.0, 2)])
 def test_verified_nodes_are_the_ones_that_pay(price: float, nodes: int) -> None:
-    best = torch.tensor([[0.6, 0.2, 0.02]]).log()
-    below = torch.tensor([[0.45, 0.1]]).log()  # children of the first
-    root = torch.tensor([[0, 0, 0]])
-    pool = [(best, torch.tensor([[7, 8, 9]]), root), (below, torch.tensor([[5, 6]]), torch.tensor([[1, 1]]))]
-    tree = _best_nodes(torch.tensor([3]), pool, TreeShape(6, 2, 3, node_price=price))
-    assert tree.tokens.shape == (1, nodes), "the best drafted node is always verified"
-    assert tree.tokens[0, :2].tolist() == [3, 7]
-    assert set(tree.tokens[0].tolist()) == set([3, 7, 5, 8, 6, 9][:nodes])
+    scores = torch.tensor([[0.6, 0.2, 0.02, 0.45, 0.1]]).log()
+    parents = torch.tensor([[0, 0, 0, 1, 1]])  # the last two are children of the first
+    tokens, _ = best_nodes(torch.tensor([3]), scores, torch.tensor([[7, 8, 9, 5, 6]]), parents, 6, price)
+    assert tokens.shape == (1, nodes), "the best drafted node is always verified"
+    assert tokens[0, :2].tolist() == [3, 7]
+    assert set(tokens[0].tolist()) == set([3, 7, 5, 8, 6, 9][:nodes])
 
 
 # Measuring

@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from transformers import PreTrainedModel
 
-from kernels.noise import gumbel_noise
+from kernels.noise import Noise, NoiseKey
 from kernels.sampling import Filters, SamplingBatch
 from kernels.tree_verify import accept, select_tokens
 from server.engine.drafter import TreeShape
@@ -123,11 +123,14 @@ def test_the_rule_by_itself(nodes: int) -> None:
     filters = Filters(torch.full((count,), top_k), torch.ones(count), torch.zeros(count))
     options = SamplingBatch(torch.full((count,), temperature), filters, None, None, None)
     seeds = torch.arange(count)
-    noise = torch.stack([gumbel_noise(seeds, torch.full((count,), position), VOCAB) for position in range(5)], dim=1)
-    target = select_tokens(table[tokens.clamp(min=0)], options, noise, tokens, depth, ancestors)
+
+    def noise(position: int) -> Noise:
+        return Noise(NoiseKey(seeds, torch.full((count,), position), torch.ones(count, dtype=torch.bool)), 5, VOCAB)
+
+    target = select_tokens(table[tokens.clamp(min=0)], options, noise(0), tokens, depth, ancestors)
     _, accepted, committed = accept(target, tokens, parent, depth, ancestors, 4)
     short = accepted == 0  # their second token comes from another step
-    second = select_tokens(table[committed[:, :1]], options, noise[:, 1:], committed[:, :1], depth[:, :1], ancestors[:, :1])
+    second = select_tokens(table[committed[:, :1]], options, noise(1), committed[:, :1], depth[:, :1], ancestors[:, :1])
     pairs = torch.stack((committed[:, 0], torch.where(short, second[:, 0], committed[:, 1])), dim=1)
     kept = torch.where(table < table.topk(top_k).values[:, -1:], float("-inf"), table)
     probabilities = (kept / temperature).double().softmax(-1)

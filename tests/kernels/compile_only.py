@@ -17,7 +17,7 @@ from triton.runtime import JITFunction
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes per block, by compute capability
 TYPES = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.uint8: "u8",
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8",
     torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -51,14 +51,25 @@ def check_launches(module: ModuleType, launch: Callable[[], object], capability:
 def _check(kernel: JITFunction, arguments: tuple, options: dict[str, Any], capability: int, cubin: Path) -> str:
     launch_options = {name: value for name, value in options.items() if name not in kernel.arg_names}
     values = dict(zip(kernel.arg_names, arguments, strict=False)) | {k: v for k, v in options.items() if k in kernel.arg_names}
-    constant = {name for name, value in values.items() if value is None or (isinstance(value, int) and value == 1)}
-    constant |= {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    signature = {name: "constexpr" if name in constant else _type(values[name]) for name in kernel.arg_names}
-    aligned = [i for i, name in enumerate(kernel.arg_names) if name not in constant and _aligned(values[name])]
-    source = ASTSource(
-        fn=kernel, signature=signature, constexprs={name: values[name] for name in constant},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-    )  # fmt: skip
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+
+    def specialised(value: Any, path: tuple[int, ...], is_constexpr: bool) -> Any:
+        """Triton's name for the type of an argument; a tuple of names for a tuple. Fills the two tables above."""
+        if isinstance(value, tuple):
+            parts = (specialised(part, (*path, i), is_constexpr) for i, part in enumerate(value))
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            constexprs[path] = value
+            return "constexpr"
+        if _aligned(value):
+            attributes[path] = [["tt.divisibility", 16]]
+        return _type(value)
+
+    signature = {
+        parameter.name: specialised(values[parameter.name], (i,), parameter.is_constexpr) for i, parameter in enumerate(kernel.params)
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run([NVIDIA_TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True).stdout

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from kernels.noise import gumbel_noise
+from kernels.noise import Noise, NoiseKey, gumbel_noise
 from kernels.sampling import Bans, Bias, Filters, Penalties, SamplingBatch, apply_filters, apply_options
 from kernels.tree_verify import select_tokens, tree_verify
 from tests.kernels.trees import climb, forests, words
@@ -146,13 +146,13 @@ def test_ties_of_top_k_are_kept_and_at_least_one_token_stays() -> None:
 def test_selected_tokens_are_the_noisy_argmax_at_each_depth() -> None:
     ancestors, depth = words([[0, 0, 1, 1, 2], [0, 0, 0, 0, 0]])
     logits = torch.randn(2, 5, VOCAB, generator=torch.Generator().manual_seed(1))
-    noise = gumbel_noise(torch.tensor([3, 3, 3, 3]), torch.tensor([10, 11, 12, 13]), VOCAB).expand(2, -1, -1).clone()
-    noise[1] = 0  # greedy
+    drawn = gumbel_noise(torch.tensor([3, 3, 3, 3]), torch.tensor([10, 11, 12, 13]), VOCAB)
+    noise = Noise(NoiseKey(torch.tensor([3, 4]), torch.tensor([10, 20]), torch.tensor([True, False])), 4, VOCAB)
     options = SamplingBatch(torch.tensor([0.5, 1.0]), None, None, None, None)
     tokens = torch.zeros(2, 5, dtype=torch.long)
     ours = select_tokens(logits, options, noise, tokens, depth, ancestors)
     for node in range(5):
-        assert ours[0, node] == (logits[0, node] / 0.5 + noise[0, depth[0, node]]).argmax()
+        assert ours[0, node] == (logits[0, node] / 0.5 + drawn[depth[0, node]]).argmax()
         assert ours[1, node] == logits[1, node].argmax()
     assert torch.equal(select_tokens(logits, options, None, tokens, depth, ancestors), logits.argmax(-1))
 
@@ -165,7 +165,28 @@ def test_tree_verify_is_select_then_accept() -> None:
     for node, follows in enumerate([2, 5, 3, 5, 1]):  # root -> 2 (node 2) -> 3 (node 3) -> 5, which no node holds
         logits[0, node, follows] = 1
     greedy = SamplingBatch(torch.ones(1), None, None, None, None)
-    path, accepted, committed = tree_verify(logits, greedy, None, tokens, parent, depth, ancestors, 3)
+    path, accepted, committed, healthy = tree_verify(logits, greedy, None, tokens, parent, depth, ancestors, 3)
     assert path.tolist() == [[0, 2, 3, -1]]
     assert accepted.tolist() == [2]
     assert committed.tolist() == [[2, 3, 5, -1]]
+    assert healthy.tolist() == [True]
+
+
+def test_tree_verify_names_the_requests_with_nan() -> None:
+    logits = torch.zeros(3, 1, 6)
+    logits[1, 0, 4] = float("nan")
+    logits[2, 0, 4] = float("inf")
+    root = torch.zeros(3, 1, dtype=torch.long)
+    options = SamplingBatch(torch.ones(3), None, None, None, None)
+    assert tree_verify(logits, options, None, root, root, root, root + 1, 0)[3].tolist() == [True, False, True]
+
+
+@given(st.data(), st.sampled_from([0.05, 0.3, 0.7, 0.95, 0.999]))
+def test_top_p_treats_equal_probabilities_equally(data: st.DataObject, top_p: float) -> None:
+    """A token stays exactly when less than ``top_p`` lies strictly above it, or when it is the best."""
+    weights = torch.tensor(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=12)), dtype=torch.float64)
+    ours = apply_filters(weights.log().float()[None, None], Filters(torch.tensor([len(weights)]), torch.tensor([top_p]), torch.zeros(1)))
+    above = (weights * (weights > weights[:, None])).sum(1) / weights.sum()
+    clear = (above - top_p).abs() > 1e-5  # rounding may decide the others
+    expected = (above < top_p) | (weights == weights.max())
+    assert torch.equal(ours[0, 0].isfinite()[clear], expected[clear])

@@ -1,0 +1,93 @@
+"""The best nodes of all that were drafted, as one tree."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.jit import jit, tl, triton
+
+
+def best_nodes_reference(
+    roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float
+) -> tuple[Tensor, Tensor]:
+    """``best_nodes`` in plain PyTorch."""
+    ordered, order = scores.sort(dim=1, descending=True, stable=True)
+    count = worthwhile_nodes(ordered, nodes, node_price)
+    kept = order[:, :count].sort(dim=1).values
+    parents = parents.gather(1, kept)
+    parent = torch.where(parents == 0, 0, torch.searchsorted(kept + 1, parents) + 1)
+    alive = scores.gather(1, kept) > float("-inf")
+    root = roots[:, None]
+    parent = torch.cat((torch.zeros_like(root), torch.where(alive, parent, 0)), dim=1)
+    return torch.cat((root, torch.where(alive, tokens.gather(1, kept), -1)), dim=1), parent
+
+
+def worthwhile_nodes(ordered: Tensor, nodes: int, node_price: float) -> int:
+    """How many drafted nodes to keep, at least one; ordered: scores float32 [B, M], best first. With a price the host waits for them."""
+    count = min(nodes - 1, ordered.shape[1])
+    return count if node_price == 0 else max(1, min(count, int((ordered.exp().sum(0) >= node_price).sum())))
+
+
+@jit
+def best_nodes_kernel(
+    roots: tl.tensor, scores: tl.tensor, tokens: tl.tensor, parents: tl.tensor, tokens_out: tl.tensor, parent_out: tl.tensor,
+    drafted: tl.tensor, count: tl.tensor, NODES: tl.constexpr, CHUNK: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per request. A candidate stays when fewer than ``count`` are ahead of it; its node is the number that stay up to it."""
+    b = tl.program_id(0)
+    node = tl.arange(0, NODES)
+    token = tl.where(node == 0, tl.load(roots + b), -1)
+    own = tl.zeros([NODES], tl.int64)  # the node's place in the pool, from 1 on; 0: the root
+    above = tl.zeros([NODES], tl.int64)  # its parent's
+    before = tl.full([], 0, tl.int32)
+    for first in range(0, drafted, CHUNK):
+        mine = first + tl.arange(0, CHUNK)
+        inside = mine < drafted
+        score = tl.load(scores + b * drafted + mine, mask=inside, other=float("-inf"))
+        ahead = tl.zeros([CHUNK], tl.int32)
+        for start in range(0, drafted, CHUNK):
+            other = start + tl.arange(0, CHUNK)
+            rival = tl.load(scores + b * drafted + other, mask=other < drafted, other=float("-inf"))[None, :]
+            wins = (rival > score[:, None]) | ((rival == score[:, None]) & (other[None, :] < mine[:, None]))
+            ahead += tl.sum(wins.to(tl.int32), 1)
+        stays = inside & (ahead < count)
+        place = before + tl.cumsum(stays.to(tl.int32))
+        before += tl.sum(stays.to(tl.int32))
+        alive = score > float("-inf")
+        here = stays[None, :] & (place[None, :] == node[:, None])
+        own += tl.sum(tl.where(here, mine[None, :] + 1, 0), 1)
+        drawn = tl.load(tokens + b * drafted + mine, mask=inside & alive, other=-1)
+        token += tl.sum(tl.where(here, drawn[None, :] + 1, 0), 1)
+        up = tl.load(parents + b * drafted + mine, mask=inside & alive, other=0)
+        above += tl.sum(tl.where(here, up[None, :], 0), 1)
+    matches = (own[None, :] == above[:, None]) & (own[None, :] > 0)
+    parent = tl.sum(tl.where(matches, node[None, :], 0), 1)
+    tl.store(tokens_out + b * (count + 1) + node, token, mask=node <= count)
+    tl.store(parent_out + b * (count + 1) + node, parent, mask=node <= count)
+
+
+def best_nodes_triton(
+    roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float
+) -> tuple[Tensor, Tensor]:
+    """``best_nodes`` in one kernel, after a sort where nodes have a price."""
+    batch, drafted = scores.shape
+    ordered = scores.sort(dim=1, descending=True).values if node_price > 0 else scores
+    count = worthwhile_nodes(ordered, nodes, node_price)
+    token, parent = (torch.empty(batch, count + 1, dtype=torch.long, device=scores.device) for _ in range(2))
+    best_nodes_kernel[(batch,)](
+        roots, scores, tokens, parents, token, parent, drafted, count, NODES=triton.next_power_of_2(count + 1), CHUNK=64
+    )
+    return token, parent
+
+
+def best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float) -> tuple[Tensor, Tensor]:
+    """The root and the best ``nodes`` - 1 of M drafted nodes, parents before children, as tokens and parents int64 [B, N].
+
+    roots int64 [B]; scores float32 [B, M], -inf for nodes that cannot be; tokens int64 [B, M]; parents int64 [B, M]: a node's parent in
+    the pool, counted from 1 on, 0 for the root; node_price: expected tokens that the n-th best nodes of all requests must bring together
+    for trees to have n of them, 0: N = min(nodes, M + 1). A kept node of score -inf is dead: token -1, parent 0. A child
+    never scores above its parent, and of equal scores the first stays: a kept node's parent is kept.
+    """
+    best = best_nodes_triton if scores.is_cuda else best_nodes_reference
+    return best(roots, scores, tokens, parents, nodes, node_price)

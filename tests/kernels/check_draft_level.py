@@ -1,0 +1,73 @@
+"""The kernels of a draft level against their references on one device: on the CPU for the interpreter's tests, on a GPU for its own."""
+
+import random
+
+import torch
+
+from kernels.best_nodes import best_nodes_reference, best_nodes_triton
+from kernels.draft_level import draft_level_reference, draft_level_triton
+from kernels.noise import Noise, NoiseKey
+from kernels.sampling import SamplingBatch
+from tests.kernels.check_tree_verify import random_options, to_device
+
+
+def check_draft_level(
+    seed: int, batch: int, rows: int, vocab: int, topk: int, dtype: torch.dtype, parts: str, reduced: bool, sampled: bool, device: str
+) -> None:
+    """Scores agree; so do tokens and choices wherever a score is far enough from the next that rounding cannot swap them."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    target_vocab = vocab * 3 if reduced else vocab
+    options = to_device(random_options(rng, batch, target_vocab, parts.replace("f", "")), device)
+    assert isinstance(options, SamplingBatch)
+    if "f" in parts:
+        options = options._replace(filters=to_device(random_options(rng, batch, vocab, "f"), device).filters)  # type: ignore[attr-defined]
+    logits = (torch.randn(batch, rows, vocab, generator=generator) * 3).to(device, dtype)
+    noise = None
+    if sampled:
+        key = NoiseKey(torch.arange(batch) - 2, torch.arange(batch) * 9, torch.arange(batch) % 3 != 1)
+        noise = Noise(to_device(key, device), 4, target_vocab)  # type: ignore[arg-type]
+    target_ids = torch.randperm(target_vocab, generator=generator)[:vocab].sort().values.to(device) if reduced else None
+    sigma = torch.tensor([rng.choice([0.4, 1.0, 1.3]) for _ in range(batch)], device=device)
+    scores = -torch.rand(batch, rows, generator=generator).to(device)
+    arguments = (logits, options, noise, 2, sigma, target_ids, scores, topk)
+    ours, expected = draft_level_triton(*arguments), draft_level_reference(*arguments)
+    for mine, other in zip(ours, expected, strict=True):
+        assert mine.shape == other.shape
+        assert mine.dtype == other.dtype
+    torch.testing.assert_close(ours.scores, expected.scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.best_scores, expected.best_scores, rtol=1e-4, atol=1e-4)
+    by_row = expected.scores.view(batch, rows, topk)
+    for mine, other, value in (
+        (ours.tokens.view(by_row.shape), expected.tokens.view(by_row.shape), by_row),
+        (ours.best, expected.best, expected.best_scores),
+    ):
+        gaps = value.diff(dim=-1).abs()
+        apart = torch.ones_like(value, dtype=torch.bool)
+        apart[..., 1:] &= gaps > 1e-3
+        apart[..., :-1] &= gaps > 1e-3
+        apart[..., -1] = False  # the next one was not kept
+        apart &= value.isfinite()
+        assert torch.equal(mine[apart], other[apart])
+
+
+def check_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, node_price: float, device: str) -> None:
+    """Pools as a drafter makes them, with ties, dead children and children as good as their parent."""
+    rng = random.Random(seed)
+    pools = []
+    for _ in range(batch):
+        scores, parents, rows = [], [], [(0, 0.0)]
+        for _ in range(levels):
+            first = len(scores) + 1
+            for parent, score in rows:
+                for _ in range(topk):
+                    scores.append(score - rng.choice([0.0, 0.5, 0.5, 1.0, 3.0, float("inf")]))
+                    parents.append(parent)
+            rows = sorted(((i + 1, scores[i]) for i in range(first - 1, len(scores))), key=lambda row: -row[1])[:topk]
+        pools.append((scores, parents))
+    scores = torch.tensor([pool[0] for pool in pools])
+    parents = torch.tensor([pool[1] for pool in pools])
+    tokens = torch.randint(0, 1000, scores.shape, generator=torch.Generator().manual_seed(seed))
+    arguments = [part.to(device) for part in (torch.arange(batch), scores, tokens, parents)]
+    ours, expected = (choose(*arguments, nodes, node_price) for choose in (best_nodes_triton, best_nodes_reference))
+    for mine, other in zip(ours, expected, strict=True):
+        assert torch.equal(mine, other)
