@@ -1,10 +1,10 @@
 """Triton where it is installed. A CPU needs the references alone, and then every module of ``kernels`` still imports."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 try:
     import triton
@@ -20,9 +20,10 @@ def jit(function: Callable[..., Any]) -> Any:
     return function if triton is None else triton.jit(function)
 
 
-def compute_capability(tensor: Tensor) -> int:
-    """Compute capability of the tensor's GPU times ten, 90 where kernels are interpreted."""
-    if not tensor.is_cuda:
+@cache
+def compute_capability(device: torch.device) -> int:
+    """Of a GPU, times ten as in sm_90, which is also the answer for a CPU, where kernels are interpreted."""
+    if device.type != "cuda":
         return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor

@@ -87,7 +87,7 @@ def tree_attention_triton(
     kv_heads = k_cache.shape[2]
     if q.stride(3) != 1:
         q = q.contiguous()
-    tiles = choose_tiles(rows, heads // kv_heads, kv_heads, size, q.dtype, compute_capability(q))
+    tiles = choose_tiles(rows, heads // kv_heads, kv_heads, size, q.dtype, compute_capability(q.device))
     longest = layout.max_context if sliding_window is None else min(layout.max_context, sliding_window + tiles.columns)
     splits = min(tiles.max_splits, triton.cdiv(longest + layout.first_column + rows, tiles.min_split))
     out = q.new_empty(batch, rows, heads, size)
@@ -149,7 +149,7 @@ def tree_attention_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     if sinks is not None:
-        highest = tl.where(split == 0, tl.load(sinks + query_head) * 1.4426950408889634, highest)
+        highest = tl.where(split == 0, tl.load(sinks + query_head) * 1.4426950408889634, highest)  # log2(e)
         total += tl.where(split == 0, 1.0, 0.0)
     sums = tl.zeros([ROWS, PADDED_SIZE], tl.float32)
     table = block_tables + request * table_stride
@@ -164,8 +164,9 @@ def tree_attention_kernel(
         columns = start + tl.arange(0, COLUMNS)
         offset = row_offsets(table, columns, None, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
         loaded = None if SIZE == PADDED_SIZE else (size < SIZE)[None, :]
+        fill = None if SIZE == PADDED_SIZE else 0.0
         visible = None if WINDOW is None else columns[None, :] >= oldest[:, None]
-        keys, values = tl.load(k_cache + offset, mask=loaded), tl.load(v_cache + offset, mask=loaded)
+        keys, values = tl.load(k_cache + offset, mask=loaded, other=fill), tl.load(v_cache + offset, mask=loaded, other=fill)
         highest, total, sums = attend(queries, keys, values, visible, highest, total, sums, scale, inner_scale)
 
     for start in range(tail, end, COLUMNS):
@@ -176,11 +177,7 @@ def tree_attention_kernel(
         if live is not None:
             own = written & (node >= first_column)
             written &= (node < first_column) | tl.load(live + request * rows + node - first_column, mask=own, other=0).to(tl.int1)
-        visible = written[None, :] & is_live[:, None]
-        if ancestors is None:
-            visible &= node[None, :] <= row[:, None]
-        else:
-            visible &= (node < 0)[None, :] | is_ancestor(ancestors + (request * rows + row) * WORDS, node, is_live, WORDS)
+        visible = written[None, :] & is_live[:, None] & sees(row, node, ancestors, request * rows + row, is_live, WORDS)
         if WINDOW is not None:
             node_depth = tl.load(depth + request * depth_stride + node, mask=(node >= 0) & (node < rows), other=0).to(tl.int32)
             visible &= tl.where(node < 0, columns, context + node_depth)[None, :] >= oldest[:, None]
@@ -216,14 +213,16 @@ def row_offsets(table: tl.tensor, columns: tl.tensor, written: tl.tensor, WIDTH:
 
 
 @jit
-def is_ancestor(words: tl.tensor, node: tl.tensor, is_live: tl.tensor, WORDS: tl.constexpr) -> tl.tensor:
-    """Whether ``node`` [columns] is among the ancestors of each row, whose int32 words are at ``words`` [rows]."""
-    found = tl.zeros([words.shape[0], node.shape[0]], tl.int32)
+def sees(row: tl.tensor, node: tl.tensor, ancestors: tl.tensor, place: tl.tensor, is_live: tl.tensor, WORDS: tl.constexpr) -> tl.tensor:
+    """Which ``node`` [columns] each row sees: all before the context's end, then its ancestors or, without a tree, rows up to itself."""
+    if ancestors is None:
+        return node[None, :] <= row[:, None]
+    found = tl.zeros([row.shape[0], node.shape[0]], tl.int32)
     for word in tl.static_range(WORDS):
-        place = node - 32 * word
-        bit = tl.where((place >= 0) & (place < 32), 1 << tl.minimum(tl.maximum(place, 0), 31), 0)
-        found |= tl.load(words + word, mask=is_live, other=0)[:, None] & bit[None, :]
-    return found != 0
+        bit = node - 32 * word
+        bit = tl.where((bit >= 0) & (bit < 32), 1 << tl.minimum(tl.maximum(bit, 0), 31), 0)
+        found |= tl.load(ancestors + place * WORDS + word, mask=is_live, other=0)[:, None] & bit[None, :]
+    return (found != 0) | (node < 0)[None, :]
 
 
 @jit
@@ -262,7 +261,7 @@ def combine_kernel(
     highest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED_SIZE], tl.float32)
-    for split in range(tl.cdiv(end - begin, length)):
+    for split in tl.range(0, tl.cdiv(end - begin, length), num_stages=4):
         place = (split * tl.num_programs(1) + request) * count + row
         part_lse = tl.load(lse + place, mask=row < count, other=float("-inf"))
         part = tl.load(partial + place[:, None] * SIZE + size[None, :], mask=mask, other=0.0)

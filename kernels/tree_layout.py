@@ -15,6 +15,7 @@ class TreeLayout:
     It sees the whole committed context, and of the new rows those named by its ancestor word (``ancestors`` given), or rows
     0..i (``ancestors`` None: a prefill chunk). Its position is ``context_lens[b] + depth[b, i]``: siblings share a position, so a
     sliding window is a matter of positions and not of slots. Rows with ``live`` False are padding: block 0 takes their K and V.
+    A window needs the depths of all rows since the context, and thus ``first_column`` 0.
     """
 
     block_tables: Tensor  # int64 [B, M]

@@ -40,7 +40,7 @@ def check_launches(module: ModuleType, launch: Callable[[], object], capability:
     Tensors may lie on the device "meta". Raises AssertionError where a kernel spills registers or takes too much shared memory.
     """
     recorded = {name: Launches(kernel) for name, kernel in vars(module).items() if isinstance(kernel, JITFunction)}
-    known_capability = {"compute_capability": lambda tensor: capability} if hasattr(module, "compute_capability") else {}
+    known_capability = {"compute_capability": lambda device: capability} if hasattr(module, "compute_capability") else {}
     with patch.multiple(module, **recorded, **known_capability):
         launch()
     made = [(launches.kernel, *call) for launches in recorded.values() for call in launches.calls]
