@@ -13,7 +13,7 @@ OPTIMISM = 1.15  # of the first estimate: it knows fixed trees alone, and a rule
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 5  # per batch size
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
-_MEMORY = 0.98  # of the running estimates, per observed request
+_MEMORY = 0.99  # of the running estimates, per observed request
 _FORGETTING = 1e-3  # per plain step: speculation is tried again
 
 
