@@ -1,10 +1,10 @@
-"""The kernel against its reference."""
+"""Moving accepted rows in Triton's interpreter."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.kv_commit import kv_commit_reference, kv_commit_triton
+from tests.kernels.check_tree_kernels import check_kv_commit
 
 
 @given(st.data(), st.sampled_from([1, 3, 8]), st.integers(1, 3), st.sampled_from([(1, 3), (2, 16), (3, 80)]))
@@ -16,12 +16,4 @@ def test_equals_the_reference(data: st.DataObject, block_size: int, batch: int, 
     for _ in range(batch):
         later = data.draw(st.lists(st.integers(1, max(1, nodes - 1)), unique=True, max_size=min(max_depth, nodes - 1)))
         paths.append([0, *sorted(later), *[-1] * (max_depth - len(later))])
-    per_request = -(-(max(contexts) + nodes) // block_size)
-    generator = torch.Generator().manual_seed(nodes)
-    tables = (torch.randperm(batch * per_request, generator=generator) + 1).view(batch, per_request)
-    k, v = (torch.randn(2, batch * per_request + 1, block_size, *heads, generator=generator) for _ in range(2))
-    expected = k.clone(), v.clone()
-    kv_commit_reference(*expected, tables, torch.tensor(contexts), torch.tensor(paths))
-    kv_commit_triton(k, v, tables, torch.tensor(contexts), torch.tensor(paths))
-    assert torch.equal(k, expected[0])
-    assert torch.equal(v, expected[1])
+    check_kv_commit(contexts, torch.tensor(paths), nodes, block_size, 2, heads, torch.float32, "cpu")
