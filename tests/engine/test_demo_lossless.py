@@ -34,8 +34,11 @@ def test_the_prompts_are_a_fair_set(demo_greedy: list[list[int]], demo_prompts: 
     assert sum(len(text) == NEW for text in demo_greedy) > 40
 
 
-def test_plain_decoding_equals_generate(demo_engine: MakeEngine, demo_prompts: list[list[int]], demo_greedy: list[list[int]]) -> None:
-    check_greedy(demo_engine(head=False, max_num_seqs=8), demo_prompts, demo_greedy)
+@pytest.mark.parametrize("batch", [8, 1])
+def test_plain_decoding_equals_generate(
+    batch: int, demo_engine: MakeEngine, demo_prompts: list[list[int]], demo_greedy: list[list[int]]
+) -> None:
+    check_greedy(demo_engine(head=False, max_num_seqs=batch), demo_prompts, demo_greedy)
 
 
 @pytest.mark.parametrize("batch", [8, 1])
@@ -48,10 +51,12 @@ def test_trees_of_16_equal_generate(
 
 @pytest.mark.parametrize("nodes", [1, 2, 3, 5, 8, 32, 64])
 def test_trees_of_other_sizes_equal_generate(
-    nodes: int, demo_engine: MakeEngine, demo_prompts: list[list[int]], demo_greedy: list[list[int]]
+    nodes: int, demo_engine: MakeEngine, demo_prompts: list[list[int]], demo_greedy: list[list[int]], pytestconfig: pytest.Config
 ) -> None:
-    """A third of the prompts together, and a few one at a time; another part for every size."""
+    """A third of the prompts together, and a few one at a time; another part for every size. With --every-prompt all, both ways."""
+    whole = pytestconfig.getoption("--every-prompt")
     for batch, part in ((8, slice(nodes % 3, None, 3)), (1, slice(nodes % 12, None, 16))):
+        part = slice(None) if whole else part
         check_greedy(demo_engine(tree_nodes=nodes, max_num_seqs=batch), demo_prompts[part], demo_greedy[part])
 
 
