@@ -99,8 +99,10 @@ greedy text loops is measured below.
 layer a draft level. A deep, narrow model therefore has the ratio of target cost to draft cost that large models have.
 
 ## Training
-{runs}; Muon for matrices, AdamW for the rest; saved as bfloat16. The command with more minutes, on a GPU, or with
-`--continue-from`, gives a better one.
+{runs}.
+
+Muon for matrices, AdamW for the rest; saved as bfloat16. The command with more minutes, on a GPU, or with `--continue-from`, gives a
+better one.
 
 Data and licences: Standard Ebooks children's books (public domain, CC0), African Storybook (CC BY), TinyStories (CDLA-Sharing-1.0,
 no condition on models), GSM8K train (MIT), Python source of TheAlgorithms/Python, keon/algorithms, rich, more-itertools (MIT),
