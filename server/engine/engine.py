@@ -164,7 +164,7 @@ class Engine:
 
     def _measure(self, head: Eagle3Head, max_batch: int) -> LoadRule:
         """Time whole steps of requests made for it: what decides how much a load may draft."""
-        full, prompt = self.shape, [0] * min(16, self.max_request_tokens - 1)
+        full, prompt = self.shape, [0] * max(1, min(16, self.max_request_tokens // 2))
         params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=0.0, seed=0, ignore_eos=True)
         names = (f"measurement-{i}" for i in itertools.count())
 
