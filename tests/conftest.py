@@ -21,7 +21,9 @@ if settings is not None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     demo = Path(__file__).resolve().parents[1] / "drafts" / "demo"
     parser.addoption("--demo", type=Path, default=demo, help="directory with the demo pair, target/ and eagle3/ (default: %(default)s)")
-    parser.addoption("--every-prompt", action="store_true", help="compare all hundred prompts at every tree size, not a part (a quarter of an hour)")
+    parser.addoption(
+        "--every-prompt", action="store_true", help="compare all hundred prompts at every tree size, not a part (a quarter of an hour)"
+    )
 
 
 @pytest.fixture(scope="session")
