@@ -119,9 +119,8 @@ def _worthwhile(scores: Tensor, shape: TreeShape) -> int:
     """
     if shape.level_price == shape.node_price == 0:
         return scores.shape[1]
-    columns = scores.exp().sum(0)
-    width = int((columns >= shape.node_price).sum())
-    return width if width and float(columns[:width].sum()) >= shape.level_price else 0
+    paying = [tokens for tokens in scores.exp().sum(0).tolist() if tokens >= shape.node_price]
+    return len(paying) if sum(paying) >= shape.level_price else 0
 
 
 def root_only(roots: Tensor) -> Tree:

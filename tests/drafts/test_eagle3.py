@@ -108,7 +108,9 @@ def test_any_leading_shape_and_dtype(shape: tuple[int, ...]) -> None:
 
 def test_positions_reach_past_the_context() -> None:
     head = make_head()
-    head(torch.zeros(1, 32), torch.ones(1, 32), torch.tensor([64 + 40]), lambda q, k, v: q)
+    here, there = (head(torch.ones(1, 32), torch.ones(1, 32), torch.tensor([p]), lambda q, k, v: q) for p in (64 + 40, 64 + 41))
+    assert here.isfinite().all()
+    assert not torch.equal(here, there), "each has an angle of its own"
 
 
 def test_draft_ids_map_by_offsets() -> None:
