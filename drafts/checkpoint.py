@@ -1,4 +1,4 @@
-"""Reading and writing draft heads in the SpecForge / SafeAILab EAGLE-3 layout: config.json and model.safetensors.
+"""Reading and writing draft heads: config.json and model.safetensors, in any layout of ``formats.py``.
 
 A head written here carries one key more, ``vsd``: the hashes of what it was trained for, and what was measured. Reading checks
 everything that could make a head silently useless and refuses in one sentence that names what was found and what was expected.
@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,10 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from drafts.eagle3 import Eagle3Config, Eagle3Head, HeadMetadata
-
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "LlamaForCausalLM")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+from drafts.formats import LayoutError, Verifier, check_mapping, layer_prefix, read_config, write_config
 
 # What a target's forward pass depends on, under names that transformers has kept. Absent keys are left out of the hash.
 _HASHED_KEYS = (
@@ -70,14 +69,20 @@ def _sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def save_head(path: str | Path, head: Eagle3Head, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write ``head`` to the directory ``path``, weights as ``dtype``. A reader never sees a half-written file."""
+def save_head(
+    path: str | Path, head: Eagle3Head, dtype: torch.dtype = torch.bfloat16, layout: str = "sglang", verifier: Verifier | None = None
+) -> None:
+    """Write ``head`` to the directory ``path``, weights as ``dtype``. A reader never sees a half-written file.
+
+    ``verifier``: the target, which the speculators layout names.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous() for name, t in _to_disk(head).items()}
+    own = _to_disk(head, "layers.0." if layout == "speculators" else "midlayer.")
+    tensors = {name: (t.to(dtype) if t.is_floating_point() else t).cpu().contiguous() for name, t in own.items()}
     save_file(tensors, path / "model.safetensors.partial", metadata={"format": "pt"})
     os.replace(path / "model.safetensors.partial", path / "model.safetensors")
-    _write_json(path / "config.json", _config_to_json(head.config, dtype) | _metadata_to_json(head.metadata))
+    _write_json(path / "config.json", write_config(layout, head.config, dtype, verifier) | _metadata_to_json(head.metadata))
 
 
 def write_metadata(path: str | Path, metadata: HeadMetadata) -> None:
@@ -112,22 +117,42 @@ def load_head(
     Raises DraftError when the head is missing, damaged, or made for another target or tokenizer. Pickled weights are refused.
     """
     path = find_head(path)
-    raw = _read_json(path)
-    config = _config_from_json(path, raw, target_config.get_text_config())
-    metadata = _metadata_from_json(path, raw)
-    if metadata is not None:
-        _check_equal(path, "target hash", metadata.target_hash, target_hash(target_config))
-        _check_equal(path, "tokenizer hash", metadata.tokenizer_hash, tokenizer_hash)
-    tensors = _read_tensors(path)
-    own_embedding = "embed_tokens.weight" in tensors
-    if not own_embedding:
-        _check_equal(path, "no embed_tokens.weight and hidden size", config.hidden_size, embedding.shape[1])
-    head = Eagle3Head(Eagle3Config(**(vars(config) | {"own_embedding": own_embedding})))
-    _from_disk(path, head, tensors)
+    head = read_head(path, target_config)
+    if head.metadata is not None:
+        _check_equal(path, "tokenizer hash", head.metadata.tokenizer_hash, tokenizer_hash)
+    if head.embed_tokens is None:
+        _check_equal(path, "no embed_tokens.weight and hidden size", head.config.hidden_size, embedding.shape[1])
     head = head.to(device=device, dtype=dtype).eval().requires_grad_(False)
     head.share_embedding(embedding)
+    return head
+
+
+def read_head(path: Path, target_config: PreTrainedConfig | None = None) -> Eagle3Head:
+    """The head in the directory ``path``, in float32 on the CPU, checked against the target's architecture where it is given."""
+    raw = _read_json(path)
+    target = target_config and target_config.get_text_config()
+    metadata = _metadata_from_json(path, raw)
+    try:
+        config = read_config(raw, target and target.num_hidden_layers)
+        if target is not None:
+            config = _fitted(path, config, target)
+            if metadata is not None:
+                _check_equal(path, "target hash", metadata.target_hash, target_hash(target))
+        tensors = _read_tensors(path)
+        head = Eagle3Head(replace(config, own_embedding="embed_tokens.weight" in tensors))
+        _from_disk(path, head, tensors)
+    except LayoutError as error:
+        raise DraftError(f"The draft head at {path} {error}.") from None
     head.metadata = metadata
     return head
+
+
+def _fitted(path: Path, config: Eagle3Config, target: PreTrainedConfig) -> Eagle3Config:
+    """``config`` after the checks against the target's shape. Published heads often state a shorter context than they are served
+    with, so positions are made to reach the target's."""
+    _check_equal(path, "target hidden size", config.target_hidden_size, target.hidden_size)
+    _check_equal(path, "vocabulary size", config.vocab_size, target.vocab_size)
+    return replace(config, max_position_embeddings=max(config.max_position_embeddings, target.max_position_embeddings))
 
 
 def _check_equal(path: Path, what: str, found: object, expected: object) -> None:
@@ -158,78 +183,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _config_from_json(path: Path, raw: dict[str, Any], target: PreTrainedConfig) -> Eagle3Config:
-    architectures = raw.get("architectures") or ["none"]
-    if architectures[0] not in ARCHITECTURES:
-        raise DraftError(f"The draft head at {path} has architecture {architectures[0]}, but only {' or '.join(ARCHITECTURES)} is read.")
-    required = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    if missing := [key for key in required if not isinstance(raw.get(key), int)]:
-        raise DraftError(f"The config.json of the draft head at {path} lacks {', '.join(missing)}: expected an EAGLE-3 configuration.")
-    target_hidden = raw.get("target_hidden_size") or raw["hidden_size"]
-    _check_equal(path, "target hidden size", target_hidden, target.hidden_size)
-    _check_equal(path, "vocabulary size", raw["vocab_size"], target.vocab_size)
-    for key, supported in (("hidden_act", "silu"), ("num_hidden_layers", 1), ("attention_bias", False), ("mlp_bias", False)):
-        if raw.get(key, supported) != supported:
-            raise DraftError(f"The draft head at {path} has {key} {raw[key]}, but only {supported} is supported.")
-    _check_feature_layers(path, raw, target.num_hidden_layers)
-    return Eagle3Config(
-        hidden_size=raw["hidden_size"],
-        intermediate_size=raw["intermediate_size"],
-        num_attention_heads=raw["num_attention_heads"],
-        num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        vocab_size=raw["vocab_size"],
-        draft_vocab_size=raw.get("draft_vocab_size") or raw["vocab_size"],
-        target_hidden_size=target_hidden,
-        # Published heads often state a shorter context than they are served with; positions must reach the target's.
-        max_position_embeddings=max(raw.get("max_position_embeddings") or 0, target.max_position_embeddings),
-        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-        rope_parameters=_rope_parameters(path, raw),
-        norm_before_residual=bool(raw.get("norm_before_residual")),
-        norm_output=bool(raw.get("norm_output")),
-    )
-
-
-def _check_feature_layers(path: Path, raw: dict[str, Any], layers: int) -> None:
-    """Layer ids mean the layer's output to some tools and its input to others, so only ids that say the default are safe."""
-    ids = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids") or raw.get("eagle_aux_hidden_state_layer_ids")
-    default = [1, layers // 2 - 1, layers - 4]
-    if ids is not None and list(ids) != default:
-        raise DraftError(f"The draft head at {path} was trained on the outputs of target layers {ids}, but only {default} are supported.")
-
-
-def _rope_parameters(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """transformers' rope_parameters, from either spelling."""
-    spelling: dict[str, Any] = {key: raw[key] for key in ("rope_theta", "rope_scaling") if key in raw}
-    if raw.get("rope_parameters"):
-        spelling = {"rope_parameters": raw["rope_parameters"]}
-    parameters = dict(LlamaConfig(max_position_embeddings=raw.get("max_position_embeddings") or 2048, **spelling).rope_parameters)
-    parameters.pop("type", None)
-    if parameters["rope_type"] not in ROPE_TYPES:
-        raise DraftError(f"The draft head at {path} has RoPE type {parameters['rope_type']}, expected one of {', '.join(ROPE_TYPES)}.")
-    return parameters
-
-
-def _config_to_json(config: Eagle3Config, dtype: torch.dtype) -> dict[str, Any]:
-    rope = dict(config.rope_parameters)
-    scaling = None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"} | {"type": rope["rope_type"]}
-    shape = {key: value for key, value in vars(config).items() if key not in ("rope_parameters", "own_embedding")}
-    return {
-        "architectures": [ARCHITECTURES[0]],
-        "model_type": "llama",
-        **shape,
-        "num_hidden_layers": 1,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": False,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": scaling,
-        "rope_parameters": rope,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-
-
 def _metadata_to_json(metadata: HeadMetadata | None) -> dict[str, Any]:
     if metadata is None:
         return {}
@@ -242,11 +195,19 @@ def _metadata_from_json(path: Path, raw: dict[str, Any]) -> HeadMetadata | None:
         return None
     try:
         found = dict(raw["vsd"])
-        temperatures = tuple((float(request), float(sigma)) for request, sigma in found.pop("draft_temperature", ()))
+        temperatures = tuple((float(request), _level_sigmas(sigmas)) for request, sigmas in found.pop("draft_temperature", ()))
         lengths = {int(nodes): float(length) for nodes, length in found.pop("acceptance_length", {}).items()}
         return HeadMetadata(draft_temperature=temperatures, acceptance_length=lengths, **found)
     except (TypeError, ValueError, AttributeError) as error:
         raise DraftError(f"The 'vsd' entry of {path / 'config.json'} is malformed ({error}): expected HeadMetadata's fields.") from None
+
+
+def _level_sigmas(value: object) -> tuple[float, ...]:
+    """sigma of every level; heads that were calibrated before levels had their own bring one number."""
+    sigmas = tuple(map(float, value)) if isinstance(value, list | tuple) else (float(value),)  # type: ignore[arg-type]
+    if not sigmas or min(sigmas) <= 0:
+        raise ValueError(f"draft temperatures are {value}, expected numbers above 0")
+    return sigmas
 
 
 # --- model.safetensors ---------------------------------------------------------------------------------------------------
@@ -264,27 +225,29 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise DraftError(f"{file} ({file.stat().st_size} bytes) is truncated or not safetensors: {error}.") from None
 
 
-def _to_disk(head: Eagle3Head) -> dict[str, Tensor]:
-    """Tensors under their published names."""
+def _to_disk(head: Eagle3Head, layer: str = "midlayer.") -> dict[str, Tensor]:
+    """Tensors under their published names, those of the decoder layer under ``layer``."""
     config = head.config
     heads, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     q, k, v = head.qkv_proj.weight.detach().split((heads, kv, kv))
     gate, up = head.gate_up_proj.weight.detach().chunk(2)
     tensors = {
         "fc.weight": head.fc.weight,
-        "midlayer.input_layernorm.weight": head.input_layernorm,
-        "midlayer.hidden_norm.weight": head.hidden_norm,
-        "midlayer.self_attn.q_proj.weight": q,
-        "midlayer.self_attn.k_proj.weight": k,
-        "midlayer.self_attn.v_proj.weight": v,
-        "midlayer.self_attn.o_proj.weight": head.o_proj.weight,
-        "midlayer.post_attention_layernorm.weight": head.post_attention_layernorm,
-        "midlayer.mlp.gate_proj.weight": gate,
-        "midlayer.mlp.up_proj.weight": up,
-        "midlayer.mlp.down_proj.weight": head.down_proj.weight,
+        f"{layer}input_layernorm.weight": head.input_layernorm,
+        f"{layer}hidden_norm.weight": head.hidden_norm,
+        f"{layer}self_attn.q_proj.weight": q,
+        f"{layer}self_attn.k_proj.weight": k,
+        f"{layer}self_attn.v_proj.weight": v,
+        f"{layer}self_attn.o_proj.weight": head.o_proj.weight,
+        f"{layer}post_attention_layernorm.weight": head.post_attention_layernorm,
+        f"{layer}mlp.gate_proj.weight": gate,
+        f"{layer}mlp.up_proj.weight": up,
+        f"{layer}mlp.down_proj.weight": head.down_proj.weight,
         "norm.weight": head.norm,
         "lm_head.weight": head.lm_head.weight,
     }
+    if head.temperature_shift is not None:
+        tensors["vsd.temperature_shift"] = head.temperature_shift
     if head.embed_tokens is not None:
         tensors["embed_tokens.weight"] = head.embed_tokens
     if head.d2t is not None:
@@ -296,7 +259,9 @@ def _to_disk(head: Eagle3Head) -> dict[str, Tensor]:
 
 def _from_disk(path: Path, head: Eagle3Head, tensors: dict[str, Tensor]) -> None:
     """Copy ``tensors`` into ``head`` after checking every name and shape."""
-    own = _to_disk(head)  # views of the head's parameters where it has them, so that copying fills the head
+    if head.d2t is None and "d2t" in tensors and not tensors["d2t"].any():
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "d2t"}  # SpecForge stores the identity
+    own = _to_disk(head, layer_prefix(tensors))  # views of the head's parameters where it has them, so that copying fills the head
     if missing := sorted(own.keys() - tensors.keys() - {"t2d"}):
         raise DraftError(f"The draft head at {path} lacks {', '.join(missing)}: expected {len(own)} tensors, found {len(tensors)}.")
     if unexpected := sorted(tensors.keys() - own.keys() - {"t2d"}):
@@ -307,6 +272,4 @@ def _from_disk(path: Path, head: Eagle3Head, tensors: dict[str, Tensor]) -> None
     for name in own.keys() & tensors.keys():
         own[name].copy_(tensors[name])
     if head.d2t is not None:
-        ids = torch.arange(head.config.draft_vocab_size) + head.d2t
-        if ids.min() < 0 or ids.max() >= head.config.vocab_size:
-            raise DraftError(f"d2t of the draft head at {path} maps to ids {ids.min()}..{ids.max()}, not below {head.config.vocab_size}.")
+        check_mapping(head.d2t, tensors.get("t2d"), head.config.vocab_size)

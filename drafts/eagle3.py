@@ -18,6 +18,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [..., Hq, D], k and v [..., Hkv, D], RoPE applied -> [..., Hq, D], scaled by 1 / sqrt(D)."""
 
+DraftTemperature = tuple[tuple[float, tuple[float, ...]], ...]
+"""((request temperature, (sigma of level 1, level 2, ...)), ...), request temperatures rising; deeper levels have the last sigma."""
+
 DEEPEST_TREE = 64  # positions past the target's context that a draft may reach
 
 
@@ -32,7 +35,10 @@ def feature_layers(num_layers: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class Eagle3Config:
-    """Shape of a head. ``rope_parameters`` are transformers' (rope_type, rope_theta, factor, ...)."""
+    """Shape of a head. ``rope_parameters`` are transformers' (rope_type, rope_theta, factor, ...).
+
+    ``temperature_shift``: the head has a vector that tells it the request's temperature.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -48,14 +54,15 @@ class Eagle3Config:
     norm_before_residual: bool = False
     norm_output: bool = False
     own_embedding: bool = False
+    temperature_shift: bool = False
 
 
 @dataclass(frozen=True)
 class HeadMetadata:
     """What a head knows about itself.
 
-    ``held_out``: acceptance figures on prompts that were not trained on. ``draft_temperature``: (request temperature, sigma)
-    pairs, sigma being what calibrated the draft's log-probabilities best. ``acceptance_length``: tokens committed per
+    ``held_out``: acceptance figures on prompts that were not trained on. ``draft_temperature``: what makes softmax((log q + noise) /
+    sigma) the probability that a drafted token survives; empty before calibration. ``acceptance_length``: tokens committed per
     verification at temperature 0, bonus token counted, by number of tree nodes.
     """
 
@@ -63,7 +70,7 @@ class HeadMetadata:
     tokenizer_hash: str
     objective: str
     held_out: Mapping[str, float] = field(default_factory=dict)
-    draft_temperature: tuple[tuple[float, float], ...] = ()
+    draft_temperature: DraftTemperature = ()
     acceptance_length: Mapping[int, float] = field(default_factory=dict)
 
 
@@ -107,6 +114,7 @@ class Eagle3Head(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, hidden, bias=False)
         self.norm = nn.Parameter(torch.ones(hidden))
         self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.temperature_shift = nn.Parameter(torch.zeros(hidden)) if config.temperature_shift else None
         self.embed_tokens = nn.Parameter(torch.zeros(config.vocab_size, hidden)) if config.own_embedding else None
         reduced = config.draft_vocab_size != config.vocab_size
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64) if reduced else None)
@@ -128,11 +136,12 @@ class Eagle3Head(nn.Module):
         """The target's low, middle and high features side by side, [..., 3 * H_t] -> [..., H]."""
         return self.fc(features)
 
-    def forward(self, embeddings: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, embeddings: Tensor, hidden: Tensor, positions: Tensor, attend: Attend, temperature: Tensor | None = None) -> Tensor:
         """One draft step.
 
         ``embeddings``: [..., H] of token i + 1. ``hidden``: [..., H], ``combine``d feature i, or the state that this method
-        returned for the row before. ``positions``: integers [...]. Returns the state to recycle, [..., H].
+        returned for the row before. ``positions``: integers [...]. ``temperature``: the request's, clamped to [0, 1], of a shape that
+        broadcasts to [...]; None is 0. Returns the state to recycle, [..., H].
         """
         config, eps, width = self.config, self.config.rms_norm_eps, (self.config.hidden_size,)
         normed = F.rms_norm(hidden, width, self.hidden_norm, eps)
@@ -144,6 +153,9 @@ class Eagle3Head(nn.Module):
         q, k = qk.tensor_split((config.num_attention_heads,), dim=-2)
         residual = normed if config.norm_before_residual else hidden
         y = residual + self.o_proj(attend(q, k, v).flatten(-2))
+        if self.temperature_shift is not None and temperature is not None:
+            # After attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.
+            y = y + temperature.to(y.dtype).unsqueeze(-1) * self.temperature_shift
         gate, up = self.gate_up_proj(F.rms_norm(y, width, self.post_attention_layernorm, eps)).chunk(2, dim=-1)
         y = y + self.down_proj(F.silu(gate) * up)
         return self._normed(y) if config.norm_output else y

@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     tree_depth: int = Field(DEFAULTS.tree_depth, ge=1, le=64, description="levels of drafted tokens in a tree")
     tree_topk: int = Field(DEFAULTS.tree_topk, ge=1, le=64, description="children that a drafted node may have")
     draft_temperature: float | Literal["auto"] = Field(
-        "auto", description="temperature at which nodes are ranked; auto takes the value calibrated for the head"
+        "auto", description="temperature at which nodes are ranked; auto takes the values calibrated for the head, or learns them"
     )
     block_size: int = Field(DEFAULTS.block_size, ge=1, le=1024, description="tokens in a block of the KV cache")
     kv_cache_memory: ByteSize | None = Field(

@@ -1,6 +1,7 @@
 """Prompt files: JSON lines with ``turns``, ``messages`` or ``prompt``."""
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -22,9 +23,7 @@ def read_prompts(
     template with the generation prompt where the tokenizer has one, and are joined by newlines where it has none. ``prompt`` is
     taken as it is.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise PromptError(f"There is no prompt file at {path}: expected JSON lines with 'turns', 'messages' or 'prompt'.")
+    path = _existing(path)
     texts = list(islice(_texts(path, tokenizer, all_turns), limit))
     if not texts:
         raise PromptError(f"The prompt file {path} is empty: expected JSON lines with 'turns', 'messages' or 'prompt'.")
@@ -33,6 +32,49 @@ def read_prompts(
         part = [text for text, was_rendered in texts if was_rendered is rendered]
         encoded[rendered] = iter(tokenizer(part, add_special_tokens=not rendered, verbose=False).input_ids if part else [])
     return [next(encoded[rendered]) for _, rendered in texts]
+
+
+def shared_passages(first: Path, second: Path, words: int = 13) -> list[tuple[int, int]]:
+    """Pairs of line numbers whose prompts have ``words`` consecutive words in common, or are the same; one pair for a line of ``first``."""
+    known: dict[str, int] = {}
+    for number, text in reversed(_contents(second)):
+        known |= dict.fromkeys(_passages(text, words), number)
+    pairs = [(number, [known[passage] for passage in _passages(text, words) if passage in known]) for number, text in _contents(first)]
+    return [(number, found[0]) for number, found in pairs if found]
+
+
+def _passages(text: str, words: int) -> list[str]:
+    found = re.findall(r"\w+", text.lower())
+    return [" ".join(found[i : i + words]) for i in range(max(1, len(found) - words + 1))]
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise PromptError(f"There is no prompt file at {path}: expected JSON lines with 'turns', 'messages' or 'prompt'.")
+    return path
+
+
+def _no_prompt(number: int, path: Path, error: Exception) -> PromptError:
+    return PromptError(
+        f"Line {number} of {path} is no prompt ({error}): expected a JSON object with 'turns' (list of strings), "
+        "'messages' (list of role and content) or 'prompt' (string)."
+    )
+
+
+def _contents(path: Path) -> list[tuple[int, str]]:
+    """Line numbers and all that the user says there."""
+    contents = []
+    for number, line in enumerate(_existing(path).read_text(encoding="utf-8").split("\n"), start=1):
+        try:
+            record = json.loads(line) if line.strip() else {}
+            said = [message["content"] for message in record.get("messages", ()) if message.get("role") == "user"]
+            text = "\n".join([*record.get("turns", ()), *said, record.get("prompt", "")])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _no_prompt(number, path, error) from None
+        if text.strip():
+            contents.append((number, text))
+    return contents
 
 
 def _texts(path: Path, tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> Iterator[tuple[str, bool]]:
@@ -44,10 +86,7 @@ def _texts(path: Path, tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> I
             try:
                 yield from _render(json.loads(line), tokenizer, all_turns)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise PromptError(
-                    f"Line {number} of {path} is no prompt ({error}): expected a JSON object with 'turns' (list of strings), "
-                    "'messages' (list of role and content) or 'prompt' (string)."
-                ) from None
+                raise _no_prompt(number, path, error) from None
 
 
 def _render(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, all_turns: bool) -> Iterator[tuple[str, bool]]:

@@ -14,12 +14,13 @@ class EngineError(ValueError):
 class EngineConfig:
     """``model`` and ``draft``: local directories or hub ids. ``draft`` None serves plain decoding.
 
-    ``draft_temperature`` None takes the values calibrated for the head. ``load_rule`` False keeps ``tree_nodes`` whatever the load.
+    ``draft_temperature`` None takes the values calibrated for the head, and learns them while serving where it has none.
+    ``load_rule`` False keeps ``tree_nodes`` whatever the load, and learns nothing.
     ``kv_cache_memory`` in bytes; None chooses (see kv_cache.py). ``max_model_len`` in tokens; None takes the model's own.
     """
 
     model: str = str(DEMO / "target")
-    draft: str | None = str(DEMO / "eagle3")
+    draft: str | None = str(DEMO / "vsd")
     device: str = "auto"
     dtype: str = "auto"
     max_model_len: int | None = None

@@ -49,10 +49,11 @@ class Drafter:
         self.cache = PagedTensors(1, blocks, block_size, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
         self.state = torch.zeros(max_seqs, config.hidden_size, dtype=weight.dtype, device=weight.device)
         self.levels = 0  # that the last trees were grown by, the root's children included
+        self.guesses: tuple[Tensor, Tensor] | None = None  # of the last trees: the best tokens after the roots [B], and their scores
         self._scale = config.head_dim**-0.5
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
 
-    def _forward(self, tokens: Tensor, hidden: Tensor, layout: TreeLayout) -> Tensor:
+    def _forward(self, tokens: Tensor, hidden: Tensor, layout: TreeLayout, temperature: Tensor) -> Tensor:
         slots = layout.slots.flatten()
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,33 +61,36 @@ class Drafter:
             return tree_attention(q, self.cache.k[0], self.cache.v[0], layout, self._scale)
 
         positions = layout.positions.clamp(max=len(self.head.rope) - 1)
-        return self.head(self.head.embed(tokens), hidden, positions, attend)
+        return self.head(self.head.embed(tokens), hidden, positions, attend, temperature[:, None])
 
-    def extend(self, rows: Tensor, features: Tensor, tokens: Tensor, counts: Tensor, layout: TreeLayout) -> None:
+    def extend(self, rows: Tensor, features: Tensor, tokens: Tensor, counts: Tensor, layout: TreeLayout, temperature: Tensor) -> None:
         """Write draft rows from the target's true features, and keep the last row's state.
 
         rows int64 [B]: places in ``state``; features [B, W, 3 * H]; tokens int64 [B, W]: the token after each feature;
-        counts int64 [B]: valid entries of W; layout: a causal chunk that starts at each request's draft length.
+        counts int64 [B]: valid entries of W; layout: a causal chunk that starts at each request's draft length; temperature
+        float32 [B]: the requests', clamped to [0, 1].
         """
-        y = self._forward(tokens, self.head.combine(features.to(self.state.dtype)), layout)
+        y = self._forward(tokens, self.head.combine(features.to(self.state.dtype)), layout, temperature)
         self.state[rows] = y[torch.arange(len(rows), device=y.device), counts - 1]
 
     def grow(
         self, rows: Tensor, roots: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape,
-        options: SamplingBatch, noise: Noise | None, sigma: Tensor,
+        options: SamplingBatch, noise: Noise | None, sigma: Tensor, temperature: Tensor,
     ) -> Tree:  # fmt: skip
         """One tree per request (EAGLE-2): expand the best ``topk`` nodes of every level, keep the best ``nodes`` - 1 of all.
 
         A node's score is the product over its path of softmax((log q + noise) / sigma), the drafted survival probability: with the
         request's own noise the draft guesses the very token that verification will draw.
-        roots int64 [B]: last committed tokens; sigma float32 [B]: drafting temperatures.
+        roots int64 [B]: last committed tokens; sigma float32 [shape.depth, B]: drafting temperatures of the levels; temperature float32
+        [B]: the requests', clamped to [0, 1].
         """
         topk = shape.topk
         expanded = torch.arange((shape.depth - 1) * topk, device=roots.device)
         layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
         own_bits = torch.ones_like(expanded) << expanded
         y = self.state[rows][:, None]
-        level = draft_level(self.head.logits(y), options, noise, 0, sigma, self._target_ids, torch.zeros_like(sigma)[:, None], topk)
+        level = draft_level(self.head.logits(y), options, noise, 0, sigma[0], self._target_ids, torch.zeros_like(sigma[0])[:, None], topk)
+        self.guesses = level.tokens.gather(1, level.best[:, :1])[:, 0], level.best_scores[:, 0]
         ancestors = torch.zeros_like(level.best)
         pool = [(level.scores, level.tokens, ancestors)]
         first = 1  # of the last level's places in the pool; the root has place 0
@@ -100,8 +104,8 @@ class Drafter:
             tokens, hidden = level.tokens.gather(1, best), y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
             rows_before = (depth - 1) * topk
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
-            y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors))
-            level = draft_level(self.head.logits(y), options, noise, depth, sigma, self._target_ids, best_scores, topk)
+            y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), temperature)
+            level = draft_level(self.head.logits(y), options, noise, depth, sigma[depth], self._target_ids, best_scores, topk)
             pool.append((level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
             first += pool[-2][0].shape[1]
         self.levels = len(pool)

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from drafts.eagle3 import Eagle3Head
+from drafts.eagle3 import DraftTemperature, Eagle3Head
 from kernels.tree_mask import MAX_NODES
 from server.engine.budget import LoadRule, default_acceptance, measure_costs
+from server.engine.calibration import LearnedSigma
 from server.engine.config import EngineConfig, EngineError
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
@@ -23,7 +24,7 @@ from server.engine.target import Target
 from server.engine.types import RequestOutput, SamplingParams, StepStats
 
 logger = logging.getLogger(__name__)
-DEFAULT_SIGMA = ((0.0, 0.4), (1.0, 0.6))  # drafting temperatures of heads that were never calibrated
+DEFAULT_SIGMA: DraftTemperature = ((0.0, (0.4,)), (1.0, (0.6,)))  # drafting temperatures of heads that were never calibrated
 Work = Callable[[list[Request], StepStats], list[RequestOutput]]
 
 
@@ -54,6 +55,8 @@ class Engine:
         self.load_rule: LoadRule | None = None
         if head and config.load_rule and self.shape.nodes > 1:
             self.load_rule = self._measure(head, config.max_num_seqs)
+        if head and config.load_rule and self.steps.sigma is DEFAULT_SIGMA:
+            self.steps.learned = LearnedSigma(DEFAULT_SIGMA)
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "Engine":
@@ -196,11 +199,11 @@ def _tree_shape(config: EngineConfig) -> TreeShape:
     return shape
 
 
-def _sigma(head: Eagle3Head | None, override: float | None) -> tuple[tuple[float, float], ...]:
-    """(request temperature, drafting temperature) points: the flag's, the head's own, or the defaults."""
+def _sigma(head: Eagle3Head | None, override: float | None) -> DraftTemperature:
+    """The drafting temperatures: the flag's, the head's own, or the defaults."""
     if override is not None:
-        return ((0.0, override),)
-    return (tuple(head.metadata.draft_temperature) if head and head.metadata else ()) or DEFAULT_SIGMA
+        return ((0.0, (override,)),)
+    return (head.metadata.draft_temperature if head and head.metadata else ()) or DEFAULT_SIGMA
 
 
 def _eos_token_ids(target: Target, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:

@@ -2,17 +2,19 @@
 
 import logging
 from collections import defaultdict
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from drafts.eagle3 import DraftTemperature
 from kernels.kv_commit import kv_commit
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
+from server.engine.calibration import LearnedSigma
+from server.engine.draft_temperature import level_sigmas
 from server.engine.drafter import Drafter, TreeShape, root_only
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
@@ -26,12 +28,11 @@ MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft 
 
 
 class Steps:
-    """The device side of the engine. ``sigma``: drafting temperature by request temperature, piecewise linear."""
+    """The device side of the engine. ``sigma``: drafting temperatures by request temperature and level; ``learned`` moves them."""
 
-    def __init__(
-        self, target: Target, drafter: Drafter | None, pool: BlockPool, cache: PagedTensors, sigma: tuple[tuple[float, float], ...]
-    ) -> None:
+    def __init__(self, target: Target, drafter: Drafter | None, pool: BlockPool, cache: PagedTensors, sigma: DraftTemperature) -> None:
         self.target, self.drafter, self.pool, self.cache, self.sigma = target, drafter, pool, cache, sigma
+        self.learned: LearnedSigma | None = None
         self.device = target.device
 
     def prefill(self, requests: list[Request], width: int, stats: StepStats) -> list[RequestOutput]:
@@ -84,6 +85,7 @@ class Steps:
             for request, accepted in zip(requests, verdict.num_accepted.tolist(), strict=True):
                 request.speculation.record(tree.tokens.shape[1] - 1, accepted, shape.depth)
                 stats.drafts.append((tree.tokens.shape[1] - 1, accepted))
+            self._learn(requests, verdict)
         if features is not None:
             self._remember(requests, features, verdict)
         outputs = self._commit(requests, verdict, healthy, logits, stats)
@@ -107,7 +109,9 @@ class Steps:
         following = [r.token_ids[r.draft_len + 1 : r.draft_len + 1 + len(f)] for r, f in zip(requests, features, strict=True)]
         tokens, layout = self._chunk([request.row for request in requests], [request.draft_len for request in requests], following)
         counts = torch.tensor(list(map(len, features)), device=self.device)
-        self.drafter.extend(self._rows(requests), pad_sequence(features, batch_first=True), tokens, counts, layout)
+        self.drafter.extend(
+            self._rows(requests), pad_sequence(features, batch_first=True), tokens, counts, layout, self._temperature(requests)
+        )
         for request, rows in zip(requests, features, strict=True):
             request.draft_len += len(rows)
             request.pending.clear()
@@ -124,21 +128,32 @@ class Steps:
         try:
             self.sync_draft(requests)
             context_lens, max_context = self._context(requests)
-            sigma = torch.tensor([self._sigma(request.params.temperature) for request in requests], device=self.device)
-            rows = self._rows(requests)
-            return self.drafter.grow(rows, roots, self.pool.tables[rows], context_lens, max_context, shape, options, noise, sigma)
+            rows, sigma, temperature = self._rows(requests), self._sigma(requests, shape.depth), self._temperature(requests)
+            tables = self.pool.tables[rows]
+            return self.drafter.grow(rows, roots, tables, context_lens, max_context, shape, options, noise, sigma, temperature)
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
             return root_only(roots)
 
-    def _sigma(self, temperature: float) -> float:
-        points = self.sigma
-        if temperature <= points[0][0]:
-            return points[0][1]
-        for (t0, s0), (t1, s1) in pairwise(points):
-            if temperature <= t1:
-                return s0 + (s1 - s0) * (temperature - t0) / (t1 - t0)
-        return points[-1][1]
+    def _temperature(self, requests: list[Request]) -> Tensor:
+        """What the head is told, float32 [B]: 0 for greedy requests, 1 from temperature 1 on."""
+        params = [request.params for request in requests]
+        return torch.tensor([0.0 if p.greedy else min(p.temperature, 1.0) for p in params], device=self.device)
+
+    def _learn(self, requests: list[Request], verdict: Verdict) -> None:
+        """Compare the best first guesses with the target's tokens there, which are known whatever was accepted."""
+        if self.learned is None or self.drafter is None or self.drafter.guesses is None:
+            return
+        tokens, scores = self.drafter.guesses
+        told = zip(self._temperature(requests).tolist(), scores.exp().tolist(), (tokens == verdict.tokens[:, 0]).tolist(), strict=True)
+        for temperature, predicted, right in told:
+            self.learned.observe(temperature, predicted, right)
+        self.sigma = self.learned.points
+
+    def _sigma(self, requests: list[Request], levels: int) -> Tensor:
+        """Drafting temperatures, float32 [levels, B]."""
+        sigmas = [level_sigmas(self.sigma, request.params.temperature, levels) for request in requests]
+        return torch.tensor(list(zip(*sigmas, strict=True)), device=self.device)
 
     def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:
         """Keep the features of the accepted nodes for the draft cache."""

@@ -77,14 +77,21 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
     return next(module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
 
 
+def _own_config(model: PreTrainedModel) -> None:
+    """Give all modules of the model one copy of its config: set_attn_implementation writes into it, and other models may share it."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
+
+
 class Target:
     """A causal LM with its paged cache. ``taps``: collect the low, middle and high hidden states for a draft head."""
 
     def __init__(self, model: PreTrainedModel, taps: bool) -> None:
         refuse_unsupported(model.config)
-        # set_attn_implementation writes into the config, which other models may share.
-        model.config = copy.deepcopy(model.config)
         self.model = model.eval().requires_grad_(False)
+        _own_config(model)
         self.model.set_attn_implementation("paged_tree")
         config = model.config
         self.device, self.dtype = model.device, model.dtype
@@ -93,7 +100,7 @@ class Target:
         self.num_layers: int = config.num_hidden_layers
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._features: list[Tensor] = []
+        self._features: list[Tensor] | None = None  # a list while our own forward pass runs: others may use the model too
         if taps:
             layers = decoder_layers(model, self.num_layers)
             for index in feature_layers(self.num_layers):
@@ -107,7 +114,8 @@ class Target:
         return PagedTensors(self.num_layers, blocks, block_size, self.kv_heads, self.head_size, self.dtype, self.device)
 
     def _tap(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._features.append(args[0] if args else kwargs["hidden_states"])
+        if self._features is not None:
+            self._features.append(args[0] if args else kwargs["hidden_states"])
 
     def forward(self, tokens: Tensor, layout: TreeLayout, cache: PagedTensors, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """One pass over tokens int64 [B, N], whose K and V go to the layout's slots.
@@ -115,14 +123,16 @@ class Target:
         keep: flat row indices int64 [K] whose logits are wanted, None for all. Returns logits [K or B * N, V] and, with taps, the
         features [B, N, 3 * H].
         """
-        self._features.clear()
+        taken: list[Tensor] = []
+        self._features = taken
         context = ForwardContext(layout, layout.slots.flatten(), cache)
         positions = layout.positions.clamp(max=self.max_positions - 1)  # nodes past the end are never accepted
         logits = self.model(
             input_ids=tokens.reshape(1, -1), position_ids=positions.reshape(1, -1), use_cache=False, tree=context,
             logits_to_keep=0 if keep is None else keep,
         ).logits[0]  # fmt: skip
-        features = torch.cat(self._features, dim=-1)[0].unflatten(0, tokens.shape) if self._features else None
+        self._features = None
+        features = torch.cat(taken, dim=-1)[0].unflatten(0, tokens.shape) if taken else None
         return logits, features
 
 

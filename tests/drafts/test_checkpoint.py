@@ -55,7 +55,8 @@ def make_head(**options: object) -> Eagle3Head:
     )
     if head.d2t is not None:
         head.d2t.copy_(torch.arange(head.config.draft_vocab_size))
-    head.metadata = HeadMetadata(target_hash(TARGET), "tokens", "eagle3", {"accuracy": 0.5}, ((0.0, 0.4), (1.0, 0.7)), {1: 1.0, 16: 3.2})
+    sigmas = ((0.0, (0.4, 0.5)), (1.0, (0.7,)))
+    head.metadata = HeadMetadata(target_hash(TARGET), "tokens", "eagle3", {"accuracy": 0.5}, sigmas, {1: 1.0, 16: 3.2})
     return head.requires_grad_(False)
 
 
@@ -80,7 +81,10 @@ def edit_tensors(path: Path, remove: tuple[str, ...] = (), **changes: torch.Tens
     save_file({name: t for name, t in tensors.items() if name not in remove}, path / "model.safetensors")
 
 
-@pytest.mark.parametrize("options", [{}, {"draft_vocab_size": 20}, {"own_embedding": True}, {"own_embedding": True, "hidden_size": 48}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"draft_vocab_size": 20}, {"own_embedding": True}, {"own_embedding": True, "hidden_size": 48}, {"temperature_shift": True}],
+)
 def test_round_trip(tmp_path: Path, options: dict) -> None:
     head = make_head(**options)
     save_head(tmp_path, head, torch.float32)
@@ -106,6 +110,19 @@ def test_published_layout(saved: Path) -> None:
     assert raw["rope_scaling"] is None
     assert raw["rope_parameters"]["rope_theta"] == 10000.0
     assert "eagle_aux_hidden_state_layer_ids" not in json.dumps(raw)
+
+
+def test_a_temperature_shift_is_one_tensor_and_one_key(saved: Path, tmp_path: Path) -> None:
+    assert "temperature_shift" not in (saved / "config.json").read_text()
+    head = make_head(temperature_shift=True)
+    assert head.temperature_shift is not None
+    head.temperature_shift.fill_(0.25)
+    save_head(tmp_path / "shifted", head)
+    assert load_file(tmp_path / "shifted" / "model.safetensors").keys() == NAMES | {"vsd.temperature_shift"}
+    assert json.loads((tmp_path / "shifted" / "config.json").read_text())["temperature_shift"] is True
+    loaded = load(tmp_path / "shifted").temperature_shift
+    assert loaded is not None
+    assert torch.equal(loaded, torch.full((32,), 0.25))
 
 
 def test_reduced_vocabulary_layout(tmp_path: Path) -> None:
@@ -146,8 +163,20 @@ def test_a_head_without_metadata_loads(saved: Path) -> None:
     assert load(saved, tokenizer_hash="anything").metadata is None
 
 
+def test_one_sigma_for_all_levels_is_read(saved: Path) -> None:
+    raw = json.loads((saved / "config.json").read_text())["vsd"]
+    edit_config(saved, vsd=raw | {"draft_temperature": [[0.0, 0.4], [1.0, [0.6, 0.7]]]})
+    metadata = load(saved).metadata
+    assert metadata is not None
+    assert metadata.draft_temperature == ((0.0, (0.4,)), (1.0, (0.6, 0.7)))
+    for sigmas in ([], [0.5, 0.0], "half"):
+        edit_config(saved, vsd=raw | {"draft_temperature": [[0.0, sigmas]]})
+        with pytest.raises(DraftError, match=r"'vsd' entry .* is malformed"):
+            load(saved)
+
+
 def test_metadata_is_replaced_in_place(saved: Path) -> None:
-    metadata = HeadMetadata(target_hash(TARGET), "tokens", "eagle3", {}, ((0.0, 0.3),), {1: 1.5})
+    metadata = HeadMetadata(target_hash(TARGET), "tokens", "eagle3", {}, ((0.0, (0.3,)),), {1: 1.5})
     write_metadata(saved, metadata)
     assert load(saved).metadata == metadata
 

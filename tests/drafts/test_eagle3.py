@@ -106,6 +106,33 @@ def test_any_leading_shape_and_dtype(shape: tuple[int, ...]) -> None:
     assert head.logits(y).shape == (*shape, 50)
 
 
+def test_the_temperature_shift() -> None:
+    torch.manual_seed(3)
+    plain, shifted = make_head(), make_head(temperature_shift=True)
+    assert shifted.temperature_shift is not None
+    embeddings, hidden = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    kept: list[Tensor] = []
+
+    def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kept.append(torch.cat((k, v)))
+        return q
+
+    def run(head: Eagle3Head, temperature: Tensor | None) -> Tensor:
+        return head(embeddings, hidden, torch.arange(3), keep, temperature)
+
+    temperature = torch.tensor([[0.0], [0.5]])
+    assert torch.equal(run(plain, temperature), run(shifted, temperature)), "a fresh shift is zero"
+    shifted.temperature_shift.normal_()
+    y, warm = run(plain, None), run(shifted, temperature)
+    assert torch.equal(run(shifted, None), y)
+    assert torch.equal(warm[0], y[0]), "temperature 0 is the head without it"
+    assert not torch.isclose(warm[1], y[1]).all(-1).any()
+    torch.testing.assert_close(run(shifted, temperature.expand(2, 3)), warm)
+    assert all(torch.equal(kept[0], other) for other in kept[1:]), "keys and values do not know the temperature"
+    embeddings, hidden = embeddings.bfloat16(), hidden.bfloat16()
+    assert run(shifted.bfloat16(), temperature).dtype == torch.bfloat16
+
+
 def test_positions_reach_past_the_context() -> None:
     head = make_head()
     here, there = (head(torch.ones(1, 32), torch.ones(1, 32), torch.tensor([p]), lambda q, k, v: q) for p in (64 + 40, 64 + 41))

@@ -68,7 +68,7 @@ def server_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The demo pair once it is there, else a random pair; VSD_TEST_MODEL and VSD_TEST_DRAFT name another."""
     if model := os.environ.get("VSD_TEST_MODEL"):
         return [model, "--draft", os.environ.get("VSD_TEST_DRAFT", "none")]
-    if all(list((DEMO / name).glob("*.safetensors")) for name in ("target", "eagle3")):
+    if all(list((DEMO / name).glob("*.safetensors")) for name in ("target", "vsd")):
         return []
     directory = tmp_path_factory.mktemp("pair")
     model = tiny_model(max_position_embeddings=512)

@@ -42,7 +42,7 @@ def demo_greedy(demo_model: PreTrainedModel, demo_prompts: list[list[int]]) -> l
 def demo_engine(demo: Path) -> Callable[..., Engine]:
     """Engines of the demo pair with any settings; what is on disk is read once, by ``Engine.from_config``."""
     paths = {"model": str(demo / "target"), "device": "cpu", "dtype": "float32", "load_rule": False, "max_model_len": 192}
-    first = Engine.from_config(EngineConfig(**paths, draft=str(demo / "eagle3")))
+    first = Engine.from_config(EngineConfig(**paths, draft=str(demo / "vsd")))
 
     def make(head: bool = True, **config: object) -> Engine:
         own: Eagle3Head | None = first.steps.drafter.head if head and first.steps.drafter else None

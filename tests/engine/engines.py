@@ -54,7 +54,8 @@ def tiny_model(model_type: str = "llama", seed: int = 0, spread: float = 0.25, *
     ids = {"vocab_size": VOCAB, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     spreads = {"initializer_range": spread, "init_std": spread, "tie_word_embeddings": False}
     config = AutoConfig.for_model(model_type, **{**ids, **spreads, **SHAPES[model_type], **changes})
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # eager: the fused attention of older transformers drops Gemma 2's soft cap, and this model is what we are compared with
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def random_head(model: PreTrainedModel, **changes: int) -> Eagle3Head:

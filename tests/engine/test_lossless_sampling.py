@@ -2,12 +2,14 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.engine.types import SamplingParams
+from server.engine.types import SamplingParams, Tree
 from tests.engine.engines import EOS, Result, build, byte_tokenizer, random_head, run, tiny_model
 from tests.engine.guided import Guide
 from tests.engine.reference_decoding import Decoded, decode
@@ -151,6 +153,33 @@ def test_tree_sizes_that_change_every_step(model: PreTrainedModel, expected: Tab
     results = run(engine, [(PROMPTS[i], OPTIONS[name]) for name, i in keys])
     for key, result in zip(keys, results, strict=True):
         check(result, expected[key], OPTIONS[key[0]])
+
+
+def test_a_head_that_knows_the_temperature(model: PreTrainedModel, expected: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its shift changes what is drafted above temperature 0, and never the text."""
+
+    def trees(name: str, shift: float) -> list[Tensor]:
+        head, drafted = random_head(model, temperature_shift=True), []
+        assert head.temperature_shift is not None
+        head.temperature_shift.copy_(shift * torch.randn(head.config.hidden_size, generator=torch.Generator().manual_seed(0)))
+        engine = build(model, head, tree_nodes=16)
+        drafter = engine.steps.drafter
+        assert drafter is not None
+        grow = drafter.grow
+
+        def record(*arguments: Any) -> Tree:
+            drafted.append(grow(*arguments))
+            return drafted[-1]
+
+        monkeypatch.setattr(drafter, "grow", record)
+        for i, result in enumerate(run(engine, [(prompt, OPTIONS[name]) for prompt in PROMPTS])):
+            check(result, expected[name, i], OPTIONS[name])
+        return [tree.tokens for tree in drafted]
+
+    for name, same in (("greedy", True), ("temperature 1", False)):
+        without, shifted = trees(name, 0.0), trees(name, 5.0)
+        assert torch.equal(without[0], shifted[0]) == same
+        assert (len(without) == len(shifted) and all(map(torch.equal, without, shifted))) == same
 
 
 def test_prompt_logprobs_in_chunks(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 HTTP = (ROOT / "docs/http.md").read_text()
 # What a command or a user makes, or the user names.
 NOT_IN_THE_REPOSITORY = {"config.json", "model.safetensors", "result.json", "build/demo/prompts.jsonl", "data/HumanEval.jsonl.gz"}
-NOT_IN_THE_REPOSITORY |= {"grade_school_math/data/test.jsonl", "FILE.jsonl"}
+NOT_IN_THE_REPOSITORY |= {"grade_school_math/data/test.jsonl", "FILE.jsonl", "grade_school_math/data/train.jsonl"}
 
 
 def code(text: str) -> list[str]:

@@ -26,7 +26,7 @@ def test_defaults_serve_the_demo_pair() -> None:
 @pytest.mark.parametrize(
     ("argv", "draft"),
     [
-        ([], str(DEMO / "eagle3")),
+        ([], str(DEMO / "vsd")),
         (["--draft", "none"], None),
         (["--draft", "mine"], "mine"),
         (["some/model"], None),

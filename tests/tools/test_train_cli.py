@@ -6,20 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drafts.checkpoint import load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
-from server.engine.engine import Engine
 from server.engine.types import SamplingParams, SpeculationStats
+from tests.tools.tiny_training import shrink, tiny_prompts, tiny_target
 from tools.train_vsd import __main__ as cli
-from tools.train_vsd.calibrate import calibrate
+from tools.train_vsd import calibrate
 from tools.train_vsd.data import AnswerSettings, read_answers, write_answers
 from tools.train_vsd.evaluate import acceptance, evaluate, measuring_engine, repeated_8_grams
 from tools.train_vsd.generate import Completion, complete
-
-VOCAB = 40
+from tools.train_vsd.probe import Probe
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -29,32 +27,24 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("target")
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.2, eos_token_id=0, bos_token_id=None,
-        pad_token_id=0,
-    )).save_pretrained(path)  # fmt: skip
-    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w1"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="w0").save_pretrained(path)
-    return path
+    return tiny_target(tmp_path_factory.mktemp("target"))
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"w{i % VOCAB} w{i // VOCAB + 1} w7"}) + "\n" for i in range(80)))
-    return path
+    return tiny_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    shrink(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="module")
 def trained(target: Path, prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained") / "head"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "MEASURED_PROMPTS", 2)
-        patch.setattr(cli, "MEASURED_TOKENS", 24)
+        shrink(patch.setattr)
         run(patch, "train", "--target", target, "--prompts", prompts, "--output", output, "--steps", 6, "--depth", 3, "--device", "cpu")
     return output
 
@@ -69,10 +59,14 @@ def load(target: Path, head: Path) -> Eagle3Head:
 def test_a_trained_head_is_complete(target: Path, trained: Path) -> None:
     head = load(target, trained)
     assert head.metadata is not None
-    assert head.metadata.objective == "eagle3"
+    assert head.metadata.objective == "vsd"
+    assert head.temperature_shift is not None
+    assert head.temperature_shift.any()
     expected = {f"{name}_{k}" for name in ("accuracy", "overlap") for k in (1, 2, 3)}
     assert head.metadata.held_out.keys() == expected | {"acceptance_length_t0", "acceptance_length_t1"}
     assert head.metadata.held_out["acceptance_length_t0"] >= 1
+    assert [(temperature, len(sigmas)) for temperature, sigmas in head.metadata.draft_temperature] == [(0.0, 3), (1.0, 3)]
+    assert head.metadata.acceptance_length.keys() == {1, 4}
     card = (trained / "README.md").read_text()
     assert head.metadata.target_hash in card
     assert "6 steps" in card
@@ -82,14 +76,24 @@ def test_a_trained_head_is_complete(target: Path, trained: Path) -> None:
 def test_training_continues_from_a_head(
     monkeypatch: pytest.MonkeyPatch, target: Path, prompts: Path, trained: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(cli, "MEASURED_PROMPTS", 2)
-    monkeypatch.setattr(cli, "MEASURED_TOKENS", 8)
+    lengths = iter(range(1, 1000))
+    monkeypatch.setattr(Probe, "lengths", lambda *_, **__: {"tau": float(next(lengths))})  # the last head is the best
     arguments = ("--target", target, "--prompts", prompts, "--output", tmp_path / "head", "--device", "cpu", "--depth", 2)
-    run(monkeypatch, "train", *arguments, "--init", trained, "--minutes", 0.05)
+    run(monkeypatch, "train", *arguments, "--init", trained, "--minutes", 0.02)
     first, second = load(target, trained), load(target, tmp_path / "head")
     assert second.metadata is not None
     assert not torch.equal(first.fc.weight, second.fc.weight)
     assert torch.nn.functional.cosine_similarity(first.fc.weight.flatten(), second.fc.weight.flatten(), dim=0) > 0.5
+
+
+@pytest.mark.parametrize("objective", ["eagle3", "lk", "vat"])
+def test_every_objective_trains(monkeypatch: pytest.MonkeyPatch, target: Path, prompts: Path, tmp_path: Path, objective: str) -> None:
+    arguments = ("--target", target, "--prompts", prompts, "--output", tmp_path / "head", "--device", "cpu", "--depth", 2, "--steps", 1)
+    run(monkeypatch, "train", *arguments, "--objective", objective)
+    head = load(target, tmp_path / "head")
+    assert head.metadata is not None
+    assert head.metadata.objective == objective
+    assert head.temperature_shift is None, "the published layout where nothing else is needed"
 
 
 def test_evaluate_writes_the_figures(monkeypatch: pytest.MonkeyPatch, target: Path, prompts: Path, trained: Path, tmp_path: Path) -> None:
@@ -102,7 +106,7 @@ def test_evaluate_writes_the_figures(monkeypatch: pytest.MonkeyPatch, target: Pa
         "acceptance_length", "acceptance_length_per_prompt_mean", "acceptance_length_ci95", "acceptance_by_depth", "num_steps",
         "num_tokens", "tokens_per_second", "temperature", "tree",
     }  # fmt: skip
-    assert written["tree"] == {"nodes": 8, "depth": 3, "topk": 6, "draft_temperature": [[0.0, 0.5]]}
+    assert written["tree"] == {"nodes": 8, "depth": 3, "topk": 6, "draft_temperature": [[0.0, [0.5]]]}
     assert len(written["acceptance_by_depth"]) == 3
     assert written["num_prompts"] == 3
 
@@ -120,33 +124,18 @@ def test_calibrate_writes_into_the_head(
 ) -> None:
     monkeypatch.setattr(cli, "MEASURED_PROMPTS", 3)
     monkeypatch.setattr(cli, "MEASURED_TOKENS", 8)
-    monkeypatch.setattr("tools.train_vsd.calibrate.SIGMAS", (0.3, 0.6))
+    monkeypatch.setattr(cli, "FITTED_PROMPTS", 6)
+    monkeypatch.setattr(calibrate, "NODES", (1, 2, 4, 8, 16, 32))
     before = load(target, trained).metadata
     run(monkeypatch, "calibrate", "--target", target, "--draft", trained, "--prompts", prompts, "--device", "cpu")
     after = load(target, trained).metadata
     assert before is not None
     assert after is not None
     assert after.held_out == before.held_out
-    assert [temperature for temperature, _ in after.draft_temperature] == [0.0, 1.0]
+    assert [(temperature, len(sigmas)) for temperature, sigmas in after.draft_temperature] == [(0.0, 5), (1.0, 5)]
     assert after.acceptance_length.keys() == {1, 2, 4, 8, 16, 32}
     assert after.acceptance_length[1] == 1.0
     assert "draft temperatures" in capsys.readouterr().out
-
-
-def test_calibrate_takes_the_best_sigma(monkeypatch: pytest.MonkeyPatch, target: Path, trained: Path) -> None:
-    engine = measuring_engine(str(target), str(trained), "cpu", 2, tree_nodes=32)
-
-    def pretend(engine: Engine, prompts: object, sampling: SamplingParams, concurrency: int) -> dict[str, float]:
-        best = 0.55 if sampling.greedy else 0.8
-        return {"acceptance_length": 3.0 - abs(engine.steps.sigma[0][1] - best) + engine.shape.nodes / 100}
-
-    monkeypatch.setattr("tools.train_vsd.calibrate.evaluate", pretend)
-    metadata = load(target, trained).metadata
-    assert metadata is not None
-    found = calibrate(engine, metadata, [[1]], 8, 2)
-    assert found.draft_temperature == ((0.0, 0.55), (1.0, 0.8))
-    assert found.acceptance_length[16] == pytest.approx(3.16)
-    assert engine.steps.sigma == found.draft_temperature
 
 
 def test_answers_resume_and_are_the_targets_own(target: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Prompts, answers on disk, batches."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from tools.prompts import PromptError, read_prompts
 from tools.train_vsd.data import (
     AnswerSettings,
+    Batches,
     Row,
     answers_path,
-    batches,
     collate,
     grouped,
     is_held_out,
@@ -97,25 +98,33 @@ def test_half_of_the_answers_are_greedy() -> None:
 
 
 def test_split_by_content() -> None:
-    prompts = [[i, i + 1] for i in range(1000)]
-    trained, held_out = split_rows(prompts, {i: [1, 2, 3] for i in range(1000)})
+    prompts = [[i % 900, i + 1] if i < 900 else [i - 900, i - 899] for i in range(1000)]  # the last hundred come again
+    settings = AnswerSettings(temperature=0.7, seed=5)
+    trained, held_out = split_rows(prompts, {i: [1, 2, i] for i in range(1000)}, settings)
     assert 20 < len(held_out) < 100
     assert len(trained) + len(held_out) == 1000
     assert all(is_held_out(row.prompt) for row in held_out)
-    assert split_rows(prompts, {0: [1]}) == ([], [])
+    assert not {tuple(row.prompt) for row in trained} & {tuple(row.prompt) for row in held_out}
+    for row in (*trained, *held_out):
+        drawn = settings.sampling(row.answer[2])
+        assert (row.prompt, row.temperature, row.seed) == (prompts[row.answer[2]], drawn.temperature, drawn.seed)
+    assert split_rows(prompts, {0: [1]}, settings) == ([], [])
 
 
 def test_collate() -> None:
-    batch = collate([Row([1, 2, 3], [4, 5, 6]), Row([7], [8, 9])])
+    batch = collate([Row([1, 2, 3], [4, 5, 6]), Row([7], [8, 9], 0.5, 2**40)])
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 0, 0, 0]]
     assert batch.first.tolist() == [2, 0]
     assert batch.chains.tolist() == [2, 1]
     assert batch.starts().tolist() == [[2, 3], [0, 1]]
+    assert batch.temperature.tolist() == [0.0, 0.5]
+    assert batch.divisor().tolist() == [1.0, 0.5]
+    assert batch.seed.tolist() == [0, 2**40]
 
 
 def test_batches_cover_every_row_once_a_pass_within_the_budget() -> None:
     rows = [Row([i] * (1 + i % 40), [i] * (2 + i % 13)) for i in range(300)]
-    source, seen = batches(rows, 200, seed=3), torch.zeros(300)
+    source, seen = Batches(rows, 200, seed=3), torch.zeros(300)
     sizes = []
     while (seen < 1).any():
         batch = next(source)
@@ -123,7 +132,28 @@ def test_batches_cover_every_row_once_a_pass_within_the_budget() -> None:
         seen[batch.tokens[:, 0]] += 1
     assert seen.max() == 1
     assert max(sizes) <= 200
-    assert torch.equal(next(batches(rows, 200, 3)).tokens, next(batches(rows, 200, 3)).tokens)
+
+
+def test_the_order_is_a_function_of_the_seed_alone() -> None:
+    rows = [Row([i] * (1 + i % 40), [i] * (2 + i % 13)) for i in range(300)]
+
+    def order(source: Batches, count: int) -> list[list[int]]:
+        return [next(source).tokens[:, 0].tolist() for _ in range(count)]
+
+    source = Batches(rows, 2000, seed=3)
+    one_pass = len(source._groups)
+    whole = order(source, 2 * one_pass + 3)
+    assert (source.passes, source.position) == (2, 3)
+    random.seed(1)
+    torch.manual_seed(1)
+    assert order(Batches(rows, 2000, seed=3), len(whole)) == whole
+    assert sorted(whole[:one_pass]) != sorted(whole[one_pass : 2 * one_pass]), "every pass has an order of its own"
+    assert order(Batches(rows, 2000, seed=4), 3) != whole[:3]
+    for done in (1, one_pass, one_pass + 2):  # going on anywhere, the end of a pass included
+        source = Batches(rows, 2000, seed=3)
+        order(source, done)
+        again = Batches(rows, 2000, 3, source.passes, source.position)
+        assert order(again, len(whole) - done) == whole[done:]
 
 
 def test_a_row_longer_than_the_budget_stands_alone() -> None:

@@ -1,47 +1,49 @@
-"""python -m tools.train_vsd train | evaluate | calibrate: make a draft head for a target, measure it, tune it."""
+"""python -m tools.train_vsd train | evaluate | calibrate | compare | export: make a draft head for a target, measure it, tune it."""
 
 import argparse
 import json
-import random
-import time
-from dataclasses import replace
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-import torch
-from transformers import AutoConfig, AutoTokenizer
+import yaml
+from transformers import AutoConfig
 
-from drafts.checkpoint import DraftError, load_head, save_head, target_hash, tokenizer_hash, write_metadata
-from drafts.eagle3 import Eagle3Head, HeadMetadata
+from drafts.checkpoint import DraftError, target_hash, tokenizer_hash, write_metadata
+from drafts.eagle3 import HeadMetadata
+from drafts.formats import LAYOUTS
 from server.engine.config import EngineConfig, EngineError
-from server.engine.engine import Engine
-from server.engine.loading import resolve_device, resolve_dtype
 from server.engine.types import SamplingParams
 from tools.prompts import PromptError, read_prompts
 from tools.train_vsd.calibrate import NODES, calibrate
-from tools.train_vsd.data import AnswerSettings, Row, answers_path, collate, is_held_out, split_rows, write_answers
+from tools.train_vsd.compare import run_compare
+from tools.train_vsd.data import is_held_out
 from tools.train_vsd.evaluate import evaluate, measuring_engine
-from tools.train_vsd.objectives import OBJECTIVES
-from tools.train_vsd.report import write_card
-from tools.train_vsd.teacher import Teacher, new_head
-from tools.train_vsd.trainer import TrainSettings, held_out_agreement, train
-
-ANSWER_SHARE = 1 / 3  # of a budget in minutes goes to the target's answers
-MEASURED_PROMPTS = 32
-MEASURED_TOKENS = 128
-CONCURRENCY = 16
+from tools.train_vsd.export import export_head
+from tools.train_vsd.loop import ResumeError
+from tools.train_vsd.m_step import OBJECTIVES, Law, VsdSettings
+from tools.train_vsd.train import (
+    CONCURRENCY,
+    EVALUATION_PROMPTS,
+    FITTED_PROMPTS,
+    MEASURED_PROMPTS,
+    MEASURED_TOKENS,
+    run_train,
+)
 
 
 def main() -> None:
-    args = parse_arguments()
     try:
+        args = parse_arguments()
         args.run(args)
-    except (DraftError, EngineError, PromptError) as error:
+    except (DraftError, EngineError, PromptError, ResumeError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.train_vsd", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.train_vsd", description=__doc__, epilog="--config FILE.yaml holds long options and their values."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--target", required=True, help="directory or hub id of the target")
@@ -51,15 +53,54 @@ def parse_arguments() -> argparse.Namespace:
     trainer = commands.add_parser("train", parents=[shared], help="train a head on the target's own answers to the prompts")
     trainer.add_argument("--output", type=Path, required=True, help="directory for the head; answers are kept in OUTPUT.data")
     trainer.add_argument("--init", help="head to start from (default: a fresh one)")
-    trainer.add_argument("--objective", choices=sorted(OBJECTIVES), default="eagle3")
+    trainer.add_argument("--objective", choices=sorted(OBJECTIVES), default="vsd")
     budget = trainer.add_mutually_exclusive_group(required=True)
     budget.add_argument("--steps", type=int, help="optimiser steps")
     budget.add_argument("--minutes", type=float, help="wall time for answers and training together")
     trainer.add_argument("--depth", type=int, default=5, help="unrolled draft steps; the depth of the tree that will be served")
-    trainer.add_argument("--temperature", type=float, default=1.0, help="of every second answer; the others are greedy")
-    trainer.add_argument("--seed", type=int, default=0)
+    trainer.add_argument(
+        "--paths", type=int, default=VsdSettings().paths, help="draft paths S per anchor that the objective counts on or draws"
+    )
+    trainer.add_argument(
+        "--anchors", type=int, default=0, help="per row, from which paths are drafted and verified beside the target's text"
+    )
+    trainer.add_argument("--law", choices=get_args(Law), default="noise", help="how drafts are verified at temperatures above 0")
+    trainer.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step, shared by the processes")
+    trainer.add_argument("--evaluation", type=Path, nargs="*", default=sorted(EVALUATION_PROMPTS.glob("*.jsonl")), metavar="FILE",
+                         help="prompt files that must share no passage with --prompts (default: those in benchmarks/prompts)")  # fmt: skip
+    trainer.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same options")
     trainer.set_defaults(run=run_train)
 
+    _add_measuring(commands, shared)
+    comparer = _add_compare(commands, shared)
+    for command in (trainer, comparer):
+        command.add_argument("--temperature", type=float, default=1.0, help="of every second answer; the others are greedy")
+        command.add_argument("--answers", type=int, help="how many the target gives (default: as many as the budget can use)")
+        command.add_argument("--seed", type=int, default=0, help="of the answers, and of training where --seeds does not set it")
+    return parser.parse_args(with_config(sys.argv[1:]))
+
+
+def with_config(arguments: list[str]) -> list[str]:
+    """``arguments`` with ``--config FILE`` replaced by the options in FILE, which those on the command line override."""
+    if "--config" not in arguments[:-1]:
+        return arguments
+    at = arguments.index("--config")
+    path = Path(arguments[at + 1])
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except yaml.YAMLError:
+        options = None
+    if not isinstance(options, dict):
+        raise PromptError(f"--config {path} is no YAML file of options and values, for example 'depth: 5'.")
+    given = []
+    for name, value in options.items():
+        if value is not False:
+            given += [f"--{name}".replace("_", "-"), *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+    rest = arguments[:at] + arguments[at + 2 :]
+    return [*rest[:1], *given, *rest[1:]]
+
+
+def _add_measuring(commands: Any, shared: argparse.ArgumentParser) -> None:
     measure = commands.add_parser("evaluate", parents=[shared], help="acceptance length of a head, measured by the engine")
     measure.add_argument("--draft", required=True, help="directory of the head")
     measure.add_argument("--temperature", type=float, default=0.0)
@@ -79,77 +120,31 @@ def parse_arguments() -> argparse.Namespace:
     tuner = commands.add_parser("calibrate", parents=[shared], help="find the draft temperatures, write them into the head's config.json")
     tuner.add_argument("--draft", required=True, help="directory of the head")
     tuner.set_defaults(run=run_calibrate)
-    return parser.parse_args()
+
+    exporter = commands.add_parser("export", help="write a head in another server's layout")
+    exporter.add_argument("--draft", required=True, help="directory of the head")
+    exporter.add_argument("--format", choices=LAYOUTS, required=True)
+    exporter.add_argument("--output", type=Path, required=True, help="directory that does not exist yet, or is empty")
+    exporter.add_argument("--target", help="what the head is for; the speculators layout names it")
+    exporter.set_defaults(run=lambda args: export_head(args.draft, args.format, args.output, args.target))
 
 
-def run_train(args: argparse.Namespace) -> None:
-    device = resolve_device(args.device)
-    settings = TrainSettings(
-        args.objective, args.steps, args.minutes, args.depth, batch_tokens=512 if device.type == "cpu" else 16384, seed=args.seed
-    )
-    start = time.monotonic()
-    train_rows, held_out = answers(args, settings)
-    dtype = resolve_dtype("auto", device, AutoConfig.from_pretrained(args.target))
-    teacher = Teacher.load(args.target, device, dtype)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    torch.manual_seed(args.seed)
-    head = initial_head(args, teacher, train_rows)
-    if args.minutes is not None:
-        settings = replace(settings, minutes=max(args.minutes / 10, args.minutes - (time.monotonic() - start) / 60))
-    began = time.monotonic()
-    steps = train(head, teacher, train_rows, settings, lambda head: save_head(args.output, head))
-    seconds = round(time.monotonic() - began)
-    assert head.metadata is not None
-    head.metadata = replace(head.metadata, held_out=held_out_agreement(head, teacher, held_out, settings))
-    save_head(args.output, head)
-    evaluations = measure_head(args, [row.prompt for row in held_out][:MEASURED_PROMPTS])
-    lengths = {f"acceptance_length_t{e['temperature']:g}": round(e["acceptance_length"], 4) for e in evaluations}
-    head.metadata = replace(head.metadata, held_out={**head.metadata.held_out, **lengths})
-    write_metadata(args.output, head.metadata)
-    tokens = sum(len(row.answer) for row in train_rows)
-    data = {"rows": len(train_rows), "tokens": tokens, "steps_done": steps, "seconds": seconds}
-    write_card(args.output, head, settings, args.target, args.prompts, data, evaluations)
-    print(json.dumps(dict(head.metadata.held_out), indent=2))
-
-
-def answers(args: argparse.Namespace, settings: TrainSettings) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows): the target's answers to as many prompts as the budget wants."""
-    engine = Engine.from_config(EngineConfig(model=args.target, draft=None, device=args.device, max_num_seqs=64))
-    answer = AnswerSettings(temperature=args.temperature, seed=args.seed)
-    room = engine.max_request_tokens - answer.max_tokens
-    prompts = [prompt for prompt in read_prompts(args.prompts, engine.tokenizer) if len(prompt) <= room]
-    if not prompts:
-        raise PromptError(f"No prompt of {args.prompts} leaves room for {answer.max_tokens} tokens in {engine.max_request_tokens}.")
-    random.Random(args.seed).shuffle(prompts)
-    if settings.steps is not None:  # about as many answers as the steps can see once
-        prompts = prompts[: max(64, settings.steps * settings.batch_tokens // answer.max_tokens)]
-    path = answers_path(Path(f"{args.output}.data"), args.target, prompts, answer)
-    minutes = None if settings.minutes is None else settings.minutes * ANSWER_SHARE
-    train_rows, held_out = split_rows(prompts, write_answers(path, engine, prompts, answer, 64, minutes))
-    if not train_rows or not held_out:
-        found = f"{len(train_rows)} training and {len(held_out)} held-out answers"
-        raise PromptError(f"{args.prompts} gave {found}, but both are needed: use more prompts or a bigger budget.")
-    return train_rows, held_out
-
-
-def initial_head(args: argparse.Namespace, teacher: Teacher, rows: list[Row]) -> Eagle3Head:
-    tokens = tokenizer_hash(AutoTokenizer.from_pretrained(args.target))
-    model = teacher.model
-    if args.init is None:
-        head = new_head(model, teacher.feature_rms(collate(rows[:8]).to(model.device)))
-    else:
-        embedding = model.get_input_embeddings().weight.float()
-        head = load_head(args.init, model.config, tokenizer_hash=tokens, embedding=embedding, device=model.device, dtype=torch.float32)
-    head.metadata = HeadMetadata(target_hash(model.config), tokens, args.objective)
-    return head
-
-
-def measure_head(args: argparse.Namespace, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """The saved head's acceptance at temperatures 0 and 1."""
-    engine = measuring_engine(args.target, str(args.output), args.device, CONCURRENCY, tree_depth=args.depth)
-    params = [SamplingParams(max_tokens=MEASURED_TOKENS, temperature=temperature, seed=args.seed) for temperature in (0.0, 1.0)]
-    return [evaluate(engine, prompts, sampling, CONCURRENCY) for sampling in params]
+def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    comparer = commands.add_parser("compare", parents=[shared], help="objectives against each other at equal cost, several seeds")
+    comparer.add_argument("--output", type=Path, required=True, help="directory for heads, table, plots and compare.json")
+    comparer.add_argument("--init", help="head that every arm starts from (default: a fresh one)")
+    comparer.add_argument("--minutes", type=float, required=True, help="training time of every arm")
+    comparer.add_argument("--seeds", type=int, default=3, help="how many")
+    comparer.add_argument("--first-seed", type=int, default=0, help="runs of several seeds can share OUTPUT, and machines the work")
+    comparer.add_argument("--arms", nargs="+", default=["eagle3", "lk", "vat", "vsd"], metavar="ARM",
+                          help=f"an objective ({', '.join(OBJECTIVES)}), with options as in vsd:paths=5,car=0")  # fmt: skip
+    comparer.add_argument("--evaluation", type=Path, nargs="+", default=sorted(EVALUATION_PROMPTS.glob("*.jsonl")), metavar="FILE",
+                          help="prompts that results are reported on (default: those in benchmarks/prompts)")  # fmt: skip
+    comparer.add_argument("--limit", type=int, default=64, help="prompts per file of --evaluation")
+    comparer.add_argument("--max-tokens", type=int, default=96)
+    comparer.add_argument("--depth", type=int, default=5)
+    comparer.set_defaults(run=run_compare)
+    return comparer
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -173,14 +168,17 @@ def run_evaluate(args: argparse.Namespace) -> None:
 def run_calibrate(args: argparse.Namespace) -> None:
     engine = measuring_engine(args.target, args.draft, args.device, CONCURRENCY, tree_nodes=max(NODES))
     prompts = read_prompts(args.prompts, engine.tokenizer)
-    unseen = [prompt for prompt in prompts if is_held_out(prompt)]  # what training left out, where the file has enough of it
-    prompts = (unseen if len(unseen) >= MEASURED_PROMPTS else prompts)[:MEASURED_PROMPTS]
+    fitting = [prompt for prompt in prompts if len(prompt) + MEASURED_TOKENS <= engine.max_request_tokens]
+    if not fitting:
+        raise PromptError(f"No prompt of {args.prompts} leaves room for {MEASURED_TOKENS} tokens in {engine.max_request_tokens}.")
+    unseen = [prompt for prompt in fitting if is_held_out(prompt)]  # what training left out, where the file has enough of it
+    prompts = (unseen if len(unseen) >= MEASURED_PROMPTS else fitting)[: MEASURED_PROMPTS + FITTED_PROMPTS]
     drafter = engine.steps.drafter
     assert drafter is not None
     metadata = drafter.head.metadata or HeadMetadata(
         target_hash(AutoConfig.from_pretrained(args.target)), tokenizer_hash(engine.tokenizer), "unknown"
     )
-    metadata = calibrate(engine, metadata, prompts, MEASURED_TOKENS, CONCURRENCY)
+    metadata = calibrate(engine, metadata, prompts[-FITTED_PROMPTS:], prompts[:MEASURED_PROMPTS], MEASURED_TOKENS, CONCURRENCY)
     write_metadata(args.draft, metadata)
     print(f"draft temperatures {dict(metadata.draft_temperature)}, acceptance length by nodes {dict(metadata.acceptance_length)}")
 

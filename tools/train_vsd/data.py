@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,10 +33,13 @@ class AnswerSettings:
 
 
 class Row(NamedTuple):
-    """One prompt and the target's answer to it, as token ids."""
+    """One prompt and the target's answer to it, as token ids. ``temperature`` and ``seed``: what the answer was drawn with, which is
+    also how its text will be verified; seed None where the noise is not known."""
 
     prompt: list[int]
     answer: list[int]
+    temperature: float = 0.0
+    seed: int | None = None
 
 
 class Batch(NamedTuple):
@@ -49,6 +52,12 @@ class Batch(NamedTuple):
     tokens: Tensor  # int64 [B, T]
     first: Tensor  # int64 [B], index of the prompt's last token
     chains: Tensor  # int64 [B], how many: length of the answer - 1
+    temperature: Tensor  # float32 [B], 0 for greedy rows
+    seed: Tensor  # int64 [B], of the noise that sampled rows were drawn with
+
+    def divisor(self) -> Tensor:
+        """What logits are divided by, float32 [B]: the temperature, 1 for greedy rows."""
+        return torch.where(self.temperature > 0, self.temperature, 1.0)
 
     def starts(self) -> Tensor:
         """Index of the true feature that each chain starts from, clamped to the row, [B, A]."""
@@ -113,9 +122,10 @@ def _line(index: int, answer: list[int]) -> str:
     return json.dumps({"index": index, "answer": answer}) + "\n"
 
 
-def split_rows(prompts: Sequence[list[int]], answers: dict[int, list[int]]) -> tuple[list[Row], list[Row]]:
+def split_rows(prompts: Sequence[list[int]], answers: dict[int, list[int]], settings: AnswerSettings) -> tuple[list[Row], list[Row]]:
     """(rows to train on, held-out rows). An answer of one token says nothing about drafting and is left out."""
-    rows = [Row(prompts[i], answers[i]) for i in sorted(answers) if len(answers[i]) >= 2]
+    drawn = {i: settings.sampling(i) for i in answers}
+    rows = [Row(prompts[i], answers[i], drawn[i].temperature, drawn[i].seed) for i in sorted(answers) if len(answers[i]) >= 2]
     return [row for row in rows if not is_held_out(row.prompt)], [row for row in rows if is_held_out(row.prompt)]
 
 
@@ -126,24 +136,38 @@ def collate(rows: Sequence[Row]) -> Batch:
         tokens=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True),
         first=torch.tensor([len(row.prompt) - 1 for row in rows]),
         chains=torch.tensor([len(row.answer) - 1 for row in rows]),
+        temperature=torch.tensor([row.temperature for row in rows], dtype=torch.float32),
+        seed=torch.tensor([row.seed or 0 for row in rows]),
     )
 
 
-def batches(rows: Sequence[Row], tokens: int, seed: int) -> Iterator[Batch]:
+class Batches:
     """Endless batches of at most about ``tokens`` padded tokens, in a fresh random order each pass over ``rows``.
 
-    Within a pool of 512 rows, rows of similar answer length go together: answers cost most, and padding them is waste.
+    Within a pool of 512 rows, rows of similar answer length go together: answers cost most, and padding them is waste. The order is a
+    function of ``seed`` and the pass alone, so that ``passes`` and ``position`` say where to go on.
     """
-    rng = random.Random(seed)
-    order = list(rows)
-    while True:
-        rng.shuffle(order)
+
+    def __init__(self, rows: Sequence[Row], tokens: int, seed: int, passes: int = 0, position: int = 0) -> None:
+        self.rows, self.tokens, self.seed, self.passes, self.position = rows, tokens, seed, passes, position
+        self._groups = self._shuffled()
+
+    def _shuffled(self) -> list[list[Row]]:
+        rng = random.Random(f"{self.seed}/{self.passes}")
+        order = rng.sample(self.rows, len(self.rows))
         groups: list[list[Row]] = []
         for start in range(0, len(order), 512):
             pool = sorted(order[start : start + 512], key=lambda row: (len(row.answer) // 16, len(row.prompt)))
-            groups += grouped(pool, tokens)
+            groups += grouped(pool, self.tokens)
         rng.shuffle(groups)
-        yield from map(collate, groups)
+        return groups
+
+    def __next__(self) -> Batch:
+        if self.position == len(self._groups):
+            self.passes, self.position = self.passes + 1, 0
+            self._groups = self._shuffled()
+        self.position += 1
+        return collate(self._groups[self.position - 1])
 
 
 def grouped(rows: Sequence[Row], tokens: int) -> list[list[Row]]:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -53,11 +54,10 @@ def acceptance(completions: Sequence[Completion]) -> dict[str, Any]:
         return dict.fromkeys(("acceptance_length", "acceptance_length_per_prompt_mean"), 1.0) | {
             "acceptance_length_ci95": [1.0, 1.0],
             "acceptance_by_depth": [],
+            "acceptance_histogram": [],
             "num_steps": 0,
         }
-    by_depth = np.zeros(max(len(s.accepted_by_depth) for s in stats))
-    for s in stats:
-        by_depth[: len(s.accepted_by_depth)] += s.accepted_by_depth
+    by_depth = np.array(add_up([s.accepted_by_depth for s in stats]))
     samples = np.random.default_rng(0).integers(len(stats), size=(2000, len(stats)))
     resampled = tokens[samples].sum(1) / steps[samples].sum(1)
     return {
@@ -65,5 +65,11 @@ def acceptance(completions: Sequence[Completion]) -> dict[str, Any]:
         "acceptance_length_per_prompt_mean": float((tokens / steps).mean()),
         "acceptance_length_ci95": [float(x) for x in np.quantile(resampled, (0.025, 0.975))],
         "acceptance_by_depth": [float(x) for x in by_depth / steps.sum()],
+        "acceptance_histogram": add_up([s.acceptance_histogram for s in stats]),
         "num_steps": int(steps.sum()),
     }
+
+
+def add_up(counts: Sequence[Sequence[int]]) -> list[int]:
+    """Sum of lists of counts; shorter ones have zeros at their end."""
+    return [sum(column) for column in zip_longest(*counts, fillvalue=0)]

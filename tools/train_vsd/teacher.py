@@ -1,5 +1,8 @@
 """The frozen target as a teacher: features for the head, distributions for the loss."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -16,24 +19,35 @@ class Teacher:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval().requires_grad_(False)
         self.layers = feature_layers(model.config.get_text_config().num_hidden_layers)
+        self._attention = model.config._attn_implementation
 
     @classmethod
     def load(cls, path: str, device: torch.device, dtype: torch.dtype) -> "Teacher":
         """The transformers model at ``path``, a local directory or a hub id."""
         return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device))
 
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """The model as the engine runs it, over a paged cache, for the while: the weights are never held twice."""
+        self.model.set_attn_implementation("paged_tree")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(self._attention)
+
     @torch.no_grad()
     def __call__(self, batch: Batch, draft_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Features float32 [B, T, 3 * H_t], and float32 [chains, Vd]: the target's distribution after the token that each chain's
-        step 0 is compared at. ``draft_ids`` [Vd]: the target ids of a reduced draft vocabulary, over which the distribution is
-        renormalised."""
+        step 0 is compared at, after the row's temperature. ``draft_ids`` [Vd]: the target ids of a reduced draft vocabulary, whose share
+        of the distribution is returned as it is."""
         length, start = batch.tokens.shape[1], int(batch.first.min()) + 1
         output = self.model(batch.tokens, output_hidden_states=True, use_cache=False, logits_to_keep=length - start)
         features = torch.cat([output.hidden_states[i] for i in self.layers], dim=-1)
         ahead = torch.arange(int(batch.chains.max()), device=batch.tokens.device)
         row, column = (ahead < batch.chains[:, None]).nonzero(as_tuple=True)
         logits = output.logits[row, batch.first[row] + 1 + column - start].float()
-        return features.float(), (logits if draft_ids is None else logits[:, draft_ids]).softmax(-1)
+        p = logits.div_(batch.divisor()[row, None]).softmax(-1)
+        return features.float(), p if draft_ids is None else p[:, draft_ids]
 
     def feature_rms(self, batch: Batch) -> Tensor:
         """Root mean square of the low, middle and high features, float32 [3]. It grows with depth and differs much between targets."""

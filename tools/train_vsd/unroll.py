@@ -4,6 +4,8 @@ Step 0 is a causal pass over rows with the target's true features. At step k eac
 state of step k - 1 in place of a feature, RoPE position i + k, and attends to the true rows up to i and to its own later rows.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,19 +13,30 @@ from torch import Tensor
 from drafts.eagle3 import Eagle3Head
 from tools.train_vsd.data import Batch
 
+NextTokens = Callable[[int, Tensor], Tensor]
+"""(k, states of step k - 1 [B, A, H]) -> the target ids [B, A] that the chains read at step k."""
 
-def unroll(head: Eagle3Head, batch: Batch, features: Tensor, steps: int) -> list[Tensor]:
-    """The head's states, one [B, A, H] per step, for ``head.logits``. ``features``: [B, T, 3 * H_t] at the batch's tokens."""
-    index = batch.starts()  # [B, A]
+
+def unroll(
+    head: Eagle3Head, batch: Batch, features: Tensor, steps: int, starts: Tensor | None = None, next_tokens: NextTokens | None = None
+) -> list[Tensor]:
+    """The head's states, one [B, A, H] per step, for ``head.logits``. ``features``: [B, T, 3 * H_t] at the batch's tokens.
+
+    Without more arguments the chains are those of the batch and follow its text. ``starts`` int64 [B, A]: index of the true feature
+    that each chain starts from instead; ``next_tokens``: what they read instead.
+    """
+    index = batch.starts() if starts is None else starts
     length = batch.tokens.shape[1]
     attention = ChainAttention(index)
     embeddings = head.embed(batch.tokens)
     positions = torch.arange(length - 1, device=index.device)
-    y = head(embeddings[:, 1:], head.combine(features[:, :-1]), positions, attention.prefix)
+    temperature = batch.temperature.clamp(max=1)[:, None]
+    y = head(embeddings[:, 1:], head.combine(features[:, :-1]), positions, attention.prefix, temperature)
     states = [_take(y, index)]
     for k in range(1, steps):
-        token = (index + k + 1).clamp(max=length - 1)
-        states.append(head(_take(embeddings, token), states[-1], index + k, attention.chain))
+        following = (index + k + 1).clamp(max=length - 1)
+        read = _take(embeddings, following) if next_tokens is None else head.embed(next_tokens(k, states[-1]))
+        states.append(head(read, states[-1], index + k, attention.chain, temperature))
     return states
 
 

@@ -59,7 +59,7 @@ def demo() -> dict[str, Engine]:
     paths = {"model": str(DEMO / "target"), "device": DEVICE, "dtype": "float32", "load_rule": False, "max_model_len": 192}
     return {
         "plain": Engine.from_config(EngineConfig(**paths, draft=None)),
-        "speculative": Engine.from_config(EngineConfig(**paths, draft=str(DEMO / "eagle3"))),
+        "speculative": Engine.from_config(EngineConfig(**paths, draft=str(DEMO / "vsd"))),
     }
 
 
