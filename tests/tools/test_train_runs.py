@@ -113,7 +113,7 @@ from tools.train_vsd import __main__ as cli
 folder = sys.argv.pop(1)
 # The launcher's own meeting point serves one group only, that of the command.
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=int(os.environ["RANK"]), world_size=2)
-result = numeric()
+result = numeric(sharded="--shard-target" in sys.argv)
 if dist.get_rank() == 0:
     torch.save(result, f"{folder}/numeric.pt")
 dist.destroy_process_group()
@@ -122,11 +122,12 @@ cli.main()
 """
 
 
-def test_two_processes_are_one(target: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_are_one(target: Path, prompts: Path, tmp_path: Path, sharded: bool) -> None:
     driver = tmp_path / "driver.py"
     driver.write_text(PROCESSES)
     arguments = ["train", "--target", target, "--prompts", prompts, "--output", tmp_path / "head", "--minutes", 0.04, "--depth", 2,
-                 "--accumulate", 2, "--device", "cpu"]  # fmt: skip
+                 "--accumulate", 2, "--device", "cpu", *["--shard-target"] * sharded]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     process = start(str(driver), launcher, tmp_path, *arguments)
     expected = numeric()
@@ -136,6 +137,7 @@ def test_two_processes_are_one(target: Path, prompts: Path, tmp_path: Path) -> N
         process.terminate()
     assert process.returncode == 0
     found = torch.load(tmp_path / "numeric.pt", weights_only=True)
+    assert (found["target_weights"] < 0.6 * expected["target_weights"]) == sharded, "a process holds its half, and the last layer gathered"
     for ours, theirs in zip(found["results"], expected["results"], strict=True):
         assert ours[0] == pytest.approx(theirs[0], abs=1e-6, rel=1e-6)
         assert ours[1] == pytest.approx(theirs[1])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from drafts.eagle3 import Eagle3Head
 from tests.tools.tiny_training import VOCAB, tiny_head, tiny_teacher
@@ -292,12 +293,15 @@ def test_a_budget_in_minutes() -> None:
     assert TrainSettings(steps=10).progress(4, 30, 60) == 0.4
 
 
-def numeric() -> dict[str, Any]:
+def numeric(sharded: bool = False) -> dict[str, Any]:
     """Three steps of two batches each, shared by the processes that there are: losses, accuracies, weights."""
     teacher = tiny_teacher()
+    if sharded:
+        teacher.shard()
     worker = Trainer(tiny_head(teacher), teacher, make_rows(12), settings(accumulate=2, learning_rate=1e-4))
     results = [worker.step(0.5) for _ in range(3)]
-    return {"results": [tuple(result) for result in results], "head": worker.head.state_dict()}
+    held = sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in teacher.model.parameters())
+    return {"results": [tuple(result) for result in results], "head": worker.head.state_dict(), "target_weights": held}
 
 
 def write(path: Path, *records: dict[str, Any]) -> Path:

@@ -66,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     trainer.add_argument("--law", choices=get_args(Law), default="noise", help="how drafts are verified at temperatures above 0")
     trainer.add_argument("--accumulate", type=int, default=1, help="batches per optimiser step, shared by the processes")
+    trainer.add_argument("--shard-target", action="store_true", help="split the target among the processes while training (FSDP2)")
     trainer.add_argument("--evaluation", type=Path, nargs="*", default=sorted(EVALUATION_PROMPTS.glob("*.jsonl")), metavar="FILE",
                          help="prompt files that must share no passage with --prompts (default: those in benchmarks/prompts)")  # fmt: skip
     trainer.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same options")

@@ -5,9 +5,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from drafts.eagle3 import Eagle3Config, Eagle3Head, feature_layers
+from server.engine.target import decoder_layers
 from tools.train_vsd.data import Batch
 
 HEAD_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -25,6 +28,12 @@ class Teacher:
     def load(cls, path: str, device: torch.device, dtype: torch.dtype) -> "Teacher":
         """The transformers model at ``path``, a local directory or a hub id."""
         return cls(AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).to(device))
+
+    def shard(self) -> None:
+        """Split the weights among the processes (FSDP2); a layer is whole only while it runs, and all processes must run it together."""
+        for layer in decoder_layers(self.model, self.model.config.get_text_config().num_hidden_layers):
+            fully_shard(layer)
+        fully_shard(self.model)
 
     @contextmanager
     def serving(self) -> Iterator[None]:
@@ -53,6 +62,11 @@ class Teacher:
         """Root mean square of the low, middle and high features, float32 [3]. It grows with depth and differs much between targets."""
         features, _ = self(batch, None)
         return features.unflatten(-1, (3, -1)).square().mean(dim=(0, 1, 3)).sqrt()
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The weight, gathered from all processes where it is sharded."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def new_head(model: PreTrainedModel, feature_rms: Tensor) -> Eagle3Head:
@@ -85,9 +99,9 @@ def new_head(model: PreTrainedModel, feature_rms: Tensor) -> Eagle3Head:
         head.fc.weight.div_(feature_rms.repeat_interleave(target.hidden_size))
         for projection, gain in ((head.qkv_proj, 1.0), (head.gate_up_proj, 1.0), (head.o_proj, 0.5), (head.down_proj, 0.5)):
             torch.nn.init.normal_(projection.weight, std=gain * projection.in_features**-0.5)
-        head.lm_head.weight.copy_(model.get_output_embeddings().weight)
+        head.lm_head.weight.copy_(whole(model.get_output_embeddings().weight))
         norm = getattr(model.base_model, "norm", None)
         if norm is not None and getattr(norm, "weight", None) is not None and norm.weight.shape == head.norm.shape:
-            head.norm.copy_(norm.weight)
-    head.share_embedding(model.get_input_embeddings().weight.float())
+            head.norm.copy_(whole(norm.weight))
+    head.share_embedding(whole(model.get_input_embeddings().weight).float())
     return head

@@ -28,7 +28,7 @@ from tools.train_vsd.loop import Loop
 from tools.train_vsd.m_step import VsdSettings
 from tools.train_vsd.probe import Probe
 from tools.train_vsd.report import write_card
-from tools.train_vsd.teacher import Teacher, new_head
+from tools.train_vsd.teacher import Teacher, new_head, whole
 from tools.train_vsd.trainer import Trainer, TrainSettings, held_out_agreement
 
 ANSWER_SHARE = 1 / 3  # of a budget in minutes goes to the target's answers
@@ -47,6 +47,8 @@ def run_train(args: argparse.Namespace) -> None:
     start = time.monotonic()
     train_rows, held_out = answers(args, settings, finished=args.resume)
     teacher = load_teacher(args.target, device)
+    if args.shard_target:
+        teacher.shard()
     torch.manual_seed(args.seed)
     head = initial_head(args.target, args.init, args.objective, teacher, train_rows, conditioned=settings.objective == "vsd")
     probe = Probe(teacher, AutoTokenizer.from_pretrained(args.target), CONCURRENCY)
@@ -61,9 +63,9 @@ def run_train(args: argparse.Namespace) -> None:
     if args.resume:
         loop.resume()
     run = loop()
+    assert head.metadata is not None
+    head.metadata = replace(head.metadata, held_out=held_out_agreement(head, teacher, held_out, settings))
     if loop.main:
-        assert head.metadata is not None
-        head.metadata = replace(head.metadata, held_out=held_out_agreement(head, teacher, held_out, settings))
         save_head(args.output, head)
         evaluations = measure_head(args, head, prompts)
         tokens = sum(len(row.answer) for row in train_rows)
@@ -91,6 +93,11 @@ def settings_from(args: argparse.Namespace, device: torch.device) -> TrainSettin
     if args.accumulate % world:
         raise PromptError(
             f"--accumulate {args.accumulate} batches a step cannot be shared by {world} processes: use a multiple of {world}."
+        )
+    if args.shard_target and (world == 1 or args.anchors):
+        raise PromptError(
+            f"--shard-target with {world} processes and --anchors {args.anchors}: start several processes (torchrun or accelerate launch), "
+            "without --anchors, whose trees differ from process to process."
         )
     return TrainSettings(
         args.objective, args.steps, args.minutes, args.depth, batch_tokens=batch_tokens(device), accumulate=args.accumulate,
@@ -156,7 +163,7 @@ def initial_head(target: str, init: str | None, objective: str, teacher: Teacher
     if init is None:
         head = new_head(model, teacher.feature_rms(collate(rows[:8]).to(model.device)))
     else:
-        embedding = model.get_input_embeddings().weight.float()
+        embedding = whole(model.get_input_embeddings().weight).float()
         head = load_head(init, model.config, tokenizer_hash=tokens, embedding=embedding, device=model.device, dtype=torch.float32)
     if conditioned and head.temperature_shift is None:
         head.config = Eagle3Config(**(vars(head.config) | {"temperature_shift": True}))
