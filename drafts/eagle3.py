@@ -37,7 +37,8 @@ def feature_layers(num_layers: int) -> tuple[int, int, int]:
 class Eagle3Config:
     """Shape of a head. ``rope_parameters`` are transformers' (rope_type, rope_theta, factor, ...).
 
-    ``temperature_shift``: the head has a vector that tells it the request's temperature.
+    ``temperature_shift``: the head has a vector that tells it the request's temperature. ``temperature_sharpness``: how many times
+    larger its logits are at temperature 0, where one token is right, than at 1.
     """
 
     hidden_size: int
@@ -55,6 +56,7 @@ class Eagle3Config:
     norm_output: bool = False
     own_embedding: bool = False
     temperature_shift: bool = False
+    temperature_sharpness: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -164,9 +166,13 @@ class Eagle3Head(nn.Module):
         """[..., H], as ``forward`` returns it -> what ``lm_head`` reads, [..., H]."""
         return y if self.config.norm_output else self._normed(y)
 
-    def logits(self, y: Tensor) -> Tensor:
-        """[..., H], as ``forward`` returns it -> [..., Vd]."""
-        return self.lm_head(self.output(y))
+    def logits(self, y: Tensor, temperature: Tensor | float = 0.0) -> Tensor:
+        """[..., H], as ``forward`` returns it -> [..., Vd]. ``temperature``: as ``forward`` takes it."""
+        logits = self.lm_head(self.output(y))
+        if self.config.temperature_sharpness == 1.0:
+            return logits
+        scale = self.config.temperature_sharpness ** (1 - torch.as_tensor(temperature, device=y.device))
+        return logits * scale.to(logits.dtype).unsqueeze(-1)
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids in the draft's vocabulary -> ids in the target's, same shape."""

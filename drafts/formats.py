@@ -79,6 +79,7 @@ def read_config(raw: Mapping[str, Any], num_layers: int | None) -> Eagle3Config:
         norm_before_residual=bool(flat.get("norm_before_residual")),
         norm_output=bool(flat.get("norm_output")),
         temperature_shift=bool(flat.get("temperature_shift")),
+        temperature_sharpness=float(flat.get("temperature_sharpness") or 1.0),
     )
 
 
@@ -198,8 +199,10 @@ def write_config(layout: str, config: Eagle3Config, dtype: torch.dtype, verifier
     if layout == "speculators":
         assert verifier is not None, "a speculators configuration names its verifier"
         return _speculators(verifier) | {"transformer_layer_config": layer} | head
-    shift = {"temperature_shift": True} if config.temperature_shift else {}
-    return {"architectures": [ARCHITECTURES[layout]]} | layer | head | shift
+    condition: dict[str, Any] = {"temperature_shift": True} if config.temperature_shift else {}
+    if config.temperature_sharpness != 1.0:
+        condition["temperature_sharpness"] = config.temperature_sharpness
+    return {"architectures": [ARCHITECTURES[layout]]} | layer | head | condition
 
 
 def _speculators(verifier: Verifier) -> dict[str, Any]:

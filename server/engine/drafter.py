@@ -89,7 +89,8 @@ class Drafter:
         layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
         own_bits = torch.ones_like(expanded) << expanded
         y = self.state[rows][:, None]
-        level = draft_level(self.head.logits(y), options, noise, 0, sigma[0], self._target_ids, torch.zeros_like(sigma[0])[:, None], topk)
+        logits = self.head.logits(y, temperature[:, None])
+        level = draft_level(logits, options, noise, 0, sigma[0], self._target_ids, torch.zeros_like(sigma[0])[:, None], topk)
         self.guesses = level.tokens.gather(1, level.best[:, :1])[:, 0], level.best_scores[:, 0]
         ancestors = torch.zeros_like(level.best)
         pool = [(level.scores, level.tokens, ancestors)]
@@ -105,7 +106,8 @@ class Drafter:
             rows_before = (depth - 1) * topk
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
             y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), temperature)
-            level = draft_level(self.head.logits(y), options, noise, depth, sigma[depth], self._target_ids, best_scores, topk)
+            logits = self.head.logits(y, temperature[:, None])
+            level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, best_scores, topk)
             pool.append((level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
             first += pool[-2][0].shape[1]
         self.levels = len(pool)

@@ -112,6 +112,13 @@ def test_published_layout(saved: Path) -> None:
     assert "eagle_aux_hidden_state_layer_ids" not in json.dumps(raw)
 
 
+def test_a_temperature_sharpness_is_one_key(saved: Path, tmp_path: Path) -> None:
+    assert "temperature_sharpness" not in (saved / "config.json").read_text()
+    save_head(tmp_path / "sharp", make_head(temperature_sharpness=1.5))
+    assert load_file(tmp_path / "sharp" / "model.safetensors").keys() == NAMES
+    assert load(tmp_path / "sharp").config.temperature_sharpness == 1.5
+
+
 def test_a_temperature_shift_is_one_tensor_and_one_key(saved: Path, tmp_path: Path) -> None:
     assert "temperature_shift" not in (saved / "config.json").read_text()
     head = make_head(temperature_shift=True)

@@ -156,3 +156,15 @@ def test_an_own_embedding_is_kept() -> None:
 def test_feature_layers() -> None:
     assert feature_layers(32) == (2, 16, 29)
     assert feature_layers(2) == (1, 1, 0)
+
+
+def test_the_temperature_sharpness() -> None:
+    torch.manual_seed(4)
+    plain, sharp = make_head(), make_head(temperature_sharpness=4.0)
+    sharp.load_state_dict(plain.state_dict())
+    y = torch.randn(3, 5, 32)
+    expected = plain.logits(y)
+    torch.testing.assert_close(sharp.logits(y), 4 * expected)
+    torch.testing.assert_close(sharp.logits(y, 1.0), expected)
+    mixed = sharp.logits(y, torch.tensor([[0.0], [0.5], [1.0]]))
+    torch.testing.assert_close(mixed, torch.tensor([4.0, 2.0, 1.0])[:, None, None] * expected)

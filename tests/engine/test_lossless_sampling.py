@@ -159,7 +159,7 @@ def test_a_head_that_knows_the_temperature(model: PreTrainedModel, expected: Tab
     """Its shift changes what is drafted above temperature 0, and never the text."""
 
     def trees(name: str, shift: float) -> list[Tensor]:
-        head, drafted = random_head(model, temperature_shift=True), []
+        head, drafted = random_head(model, temperature_shift=True, temperature_sharpness=1.5), []
         assert head.temperature_shift is not None
         head.temperature_shift.copy_(shift * torch.randn(head.config.hidden_size, generator=torch.Generator().manual_seed(0)))
         engine = build(model, head, tree_nodes=16)

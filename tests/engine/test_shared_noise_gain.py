@@ -67,16 +67,17 @@ class Chain:
         self.keys, self.values = [], []
         count = len(features)
         hidden = self.head.combine(features)
-        y = self.head(self.head.embed(torch.tensor(ids[1:])), hidden, torch.arange(count), self._attend)[-1:]
+        warm = torch.ones(1)
+        y = self.head(self.head.embed(torch.tensor(ids[1:])), hidden, torch.arange(count), self._attend, warm)[-1:]
         drafted, laws = [], []
         for depth in range(self.length):
             law = torch.zeros(self.model.config.vocab_size, dtype=torch.float64)
-            draft_law = self.head.logits(y)[0].double().softmax(-1)
+            draft_law = self.head.logits(y, warm)[0].double().softmax(-1)
             law[self.head.to_target_ids(torch.arange(len(draft_law)))] = draft_law
             drafted.append(sample(law, self._uniform(1)[0]))
             laws.append(law)
             if depth + 1 < self.length:
-                y = self.head(self.head.embed(torch.tensor(drafted[-1:])), y, torch.tensor([count + depth]), self._attend)
+                y = self.head(self.head.embed(torch.tensor(drafted[-1:])), y, torch.tensor([count + depth]), self._attend, warm)
         return drafted, torch.stack(laws)
 
 

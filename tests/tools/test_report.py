@@ -72,7 +72,7 @@ def test_card_says_what_was_done_and_measured(card: Callable[..., str]) -> None:
     facts = (
         "some/Target-8B", "a" * 64, "b" * 64, "`questions.jsonl`", hashlib.sha256(b'{"prompt": "Why?"}\n').hexdigest(),
         "321 steps in 747 seconds", "1234 rows", "56789 answer tokens", "seed 17", "3 unrolled steps",
-        "Objective `vsd`: coverage by S = 40 paths, ARW on, CAR 0.15, survival 0.3, anchor 1", "the target's own text.",
+        "Objective `vsd`: coverage by S = 40 paths, ARW on, CAR 0.15, survival 1, anchor 0.5", "the target's own text.",
         "Budget: 12.5 minutes, 2 x 384 padded tokens a step", "best of 3 measured on the way, that of step 40 (62 seconds)",
         "| 1 | 79.0% | 59.0% |", "| 3 | 77.0% | 57.0% |", "16 nodes, depth 3, top 6",
         "| 0 | 3.46 | 3.24 to 3.70 | 3.53 | 29 | 12.3% |", "| 1 | 2.35 | 2.12 to 2.58 | 2.42 | 29 | 22.3% |",

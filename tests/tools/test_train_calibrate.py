@@ -35,7 +35,7 @@ class Bigrams(nn.Module):
     def forward(self, embeddings: Tensor, hidden: Tensor, *_: object) -> Tensor:
         return embeddings
 
-    def logits(self, y: Tensor) -> Tensor:
+    def logits(self, y: Tensor, *_: object) -> Tensor:
         return self.scale * y[..., : self.drafted]
 
     def to_target_ids(self, ids: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def _losses(head: Eagle3Head, teacher: Teacher, rows: list[Row], depth: int) -> 
             b, a = chunk.unbind(1)
             position = batch.first[b] + a + level + 2
             right = draft_ids(head, batch.tokens[b, position])
-            logits = head.logits(states[b, a]).float()
+            logits = head.logits(states[b, a], min(temperature, 1.0)).float()
             if temperature > 0:
                 logits = logits / temperature + of_draft(head, gumbel_noise(batch.seed[b], position, head.config.vocab_size))
             drafted = right >= 0  # no draft can hit a token outside of a reduced vocabulary

@@ -55,9 +55,9 @@ class Batch(NamedTuple):
     temperature: Tensor  # float32 [B], 0 for greedy rows
     seed: Tensor  # int64 [B], of the noise that sampled rows were drawn with
 
-    def divisor(self) -> Tensor:
-        """What logits are divided by, float32 [B]: the temperature, 1 for greedy rows."""
-        return torch.where(self.temperature > 0, self.temperature, 1.0)
+    def divisor(self, greedy: float = 1.0) -> Tensor:
+        """What logits are divided by, float32 [B]: the temperature; ``greedy`` for greedy rows."""
+        return torch.where(self.temperature > 0, self.temperature, greedy)
 
     def starts(self) -> Tensor:
         """Index of the true feature that each chain starts from, clamped to the row, [B, A]."""

@@ -109,7 +109,7 @@ class PathSampler:
         drawn: list[Tensor] = []
 
         def draw(k: int, states: Tensor) -> Tensor:
-            log_q = head.logits(states.detach()).float() / batch.divisor()[:, None, None]
+            log_q = head.logits(states.detach(), batch.temperature.clamp(max=1)[:, None]).float() / batch.divisor()[:, None, None]
             if noise is not None:
                 shared = (log_q + of_draft(head, noise[:, :, k - 1]).repeat_interleave(self.paths, dim=1)) / self.sigma
                 log_q = torch.where(batch.temperature[:, None, None] > 0, shared, log_q)
@@ -121,7 +121,7 @@ class PathSampler:
         draw(depth, states[-1])
         tokens = torch.stack(drawn, dim=2)  # [B, n * S, K]
         logits, index = self._verify(batch, anchors, tokens.unflatten(1, (self.anchors, self.paths)))
-        logits /= batch.divisor().repeat_interleave(len(logits) // rows)[:, None]
+        logits /= batch.divisor(1 / head.config.temperature_sharpness).repeat_interleave(len(logits) // rows)[:, None]
         return self._collect(head, batch, torch.stack(states, dim=2), tokens, logits, index, noise)
 
     def _noise(self, batch: Batch, anchors: Tensor, depth: int) -> Tensor | None:

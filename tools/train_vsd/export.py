@@ -37,11 +37,11 @@ def export_head(draft: str, layout: str, output: Path, target: str | None = None
         raise DraftError("The speculators layout names the target: give its directory or hub id with --target.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DraftError(f"{output} exists: give a new directory, since servers would read a file that lies there already.")
-    if head.config.temperature_shift:
-        print(f"{draft} knows the request's temperature, other servers do not: the export is the head as it is at temperature 0.")
-        head = without_shift(head)
     with safe_open(source / "model.safetensors", "pt") as file:
         dtype = file.get_tensor("fc.weight").dtype
+    if head.config.temperature_shift or head.config.temperature_sharpness != 1.0:
+        print(f"{draft} knows the request's temperature, other servers do not: the export is the head as it is at temperature 0.")
+        head = at_temperature_0(head, dtype)
     save_head(output, head, dtype, layout, verifier(target, target_config))
     check_export(output, head, layout, target_config)
 
@@ -52,10 +52,13 @@ def verifier(target: str | None, config: PreTrainedConfig | None) -> Verifier | 
     return Verifier(target, tuple(config.architectures or ()), config.get_text_config().num_hidden_layers)
 
 
-def without_shift(head: Eagle3Head) -> Eagle3Head:
-    """The head at temperature 0. What was calibrated or measured above it goes too."""
-    plain = Eagle3Head(replace(head.config, temperature_shift=False))
+def at_temperature_0(head: Eagle3Head, dtype: torch.dtype) -> Eagle3Head:
+    """The head that knows no temperature and drafts as ``head`` does at 0, up to the rounding of ``lm_head`` to ``dtype``. What was
+    calibrated or measured above it goes."""
+    plain = Eagle3Head(replace(head.config, temperature_shift=False, temperature_sharpness=1.0)).requires_grad_(False)
     plain.load_state_dict({name: tensor for name, tensor in head.state_dict().items() if name != "temperature_shift"})
+    sharp = head.lm_head.weight * head.config.temperature_sharpness
+    plain.lm_head.weight.copy_(sharp.to(dtype))
     if head.metadata is not None:
         cold = tuple(pair for pair in head.metadata.draft_temperature if pair[0] == 0)
         held_out = {name: value for name, value in head.metadata.held_out.items() if not name.endswith("_t1")}

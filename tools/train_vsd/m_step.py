@@ -41,8 +41,8 @@ class VsdSettings:
     paths: int = 16
     arw: bool = True
     car: float = 0.1
-    survival: float = 0.3
-    anchor: float = 1.0
+    survival: float = 1.0
+    anchor: float = 0.5
     shared_noise: float = 0.0
     law: Law = "noise"
 

@@ -45,17 +45,17 @@ class Teacher:
             self.model.set_attn_implementation(self._attention)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, draft_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, draft_ids: Tensor | None, sharpness: float = 1.0) -> tuple[Tensor, Tensor]:
         """Features float32 [B, T, 3 * H_t], and float32 [chains, Vd]: the target's distribution after the token that each chain's
-        step 0 is compared at, after the row's temperature. ``draft_ids`` [Vd]: the target ids of a reduced draft vocabulary, whose share
-        of the distribution is returned as it is."""
+        step 0 is compared at, after the row's temperature; greedy rows' logits are multiplied by ``sharpness``.
+        ``draft_ids`` [Vd]: the target ids of a reduced draft vocabulary, whose share of the distribution is returned as it is."""
         length, start = batch.tokens.shape[1], int(batch.first.min()) + 1
         output = self.model(batch.tokens, output_hidden_states=True, use_cache=False, logits_to_keep=length - start)
         features = torch.cat([output.hidden_states[i] for i in self.layers], dim=-1)
         ahead = torch.arange(int(batch.chains.max()), device=batch.tokens.device)
         row, column = (ahead < batch.chains[:, None]).nonzero(as_tuple=True)
         logits = output.logits[row, batch.first[row] + 1 + column - start].float()
-        p = logits.div_(batch.divisor()[row, None]).softmax(-1)
+        p = logits.div_(batch.divisor(1 / sharpness)[row, None]).softmax(-1)
         return features.float(), p if draft_ids is None else p[:, draft_ids]
 
     def feature_rms(self, batch: Batch) -> Tensor:

@@ -107,7 +107,7 @@ class Trainer:
         """Add the gradients of one batch; returns its loss, then right first choices and their number per draft step."""
         depth, share = self.settings.depth, 1 / self.settings.accumulate
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            features, p = self.teacher(batch, draft_vocabulary(self.head))
+            features, p = self.teacher(batch, draft_vocabulary(self.head), self.head.config.temperature_sharpness)
             paths = target_rows(self.head, batch, features, p, depth)
             if self.settings.vsd.shared_noise:
                 paths = paths._replace(noise=text_noise(self.head, batch))
@@ -157,7 +157,7 @@ def backward(head: Eagle3Head, paths: PathBatch, objective: Objective, share: fl
         # fp32 from here on: sums of probabilities and log1p(-Q) need it
         with torch.autocast(states.device.type, enabled=False):
             rows = paths.rows[index]
-            log_q = (head.logits(states[index].float()) / (temperature or 1.0)).log_softmax(-1)
+            log_q = (head.logits(states[index].float(), min(temperature, 1.0)) / (temperature or 1.0)).log_softmax(-1)
             loss = objective(log_q, paths.p[rows], paths.part(index, greedy=temperature == 0)).sum()
             (loss * (share / anchors)).backward()
         loss_sum += loss.detach() / anchors
@@ -208,7 +208,8 @@ def held_out_agreement(head: Eagle3Head, teacher: Teacher, rows: Sequence[Row], 
         features, p = teacher(batch, draft_vocabulary(head))
         paths = target_rows(head, batch, features, p, settings.depth)
         for index, temperature in chunks(paths):
-            log_q = (head.logits(paths.states[index]) / (temperature or 1.0)).log_softmax(-1)
+            flat = head.logits(paths.states[index], 1.0)  # at temperature 0 heads differ in how sharp they are
+            log_q = (flat / (temperature or 1.0)).log_softmax(-1)
             p_rows, live = paths.p[paths.rows[index]], paths.live[index]
             right = log_q.argmax(-1) == p_rows.argmax(-1)
             sums += torch.stack([(value * live).sum(0) for value in (live, right, overlap(log_q, p_rows))]).cpu()
