@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from drafts.checkpoint import load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
 from server.engine.types import SamplingParams, SpeculationStats
-from tests.tools.tiny_training import shrink, tiny_prompts, tiny_target
+from tests.tools.tiny_training import shrink
 from tools.train_vsd import __main__ as cli
 from tools.train_vsd import calibrate
 from tools.train_vsd.data import AnswerSettings, read_answers, write_answers
@@ -23,16 +23,6 @@ from tools.train_vsd.probe import Probe
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr("sys.argv", ["train_vsd", *map(str, arguments)])
     cli.main()
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
 
 
 @pytest.fixture(autouse=True)

@@ -13,23 +13,13 @@ import torch
 
 from drafts.eagle3 import Eagle3Head
 from tests.tools.test_trainer import numeric
-from tests.tools.tiny_training import shrink, tiny_prompts, tiny_target
+from tests.tools.tiny_training import shrink
 from tools.train_vsd import __main__ as cli
 from tools.train_vsd.data import Row, collate, is_held_out, read_answers
 from tools.train_vsd.teacher import Teacher
 from tools.train_vsd.trainer import Trainer, TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(scope="module")
-def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_prompts(tmp_path_factory.mktemp("prompts") / "prompts.jsonl")
 
 
 DRIVER = """
