@@ -1,5 +1,6 @@
 """Optimiser steps, and the loop around them: what is kept, what is gone back to, what is refused."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -332,6 +333,32 @@ def test_evaluation_prompts_are_refused(tmp_path: Path) -> None:
     odd.write_text(json.dumps({"prompt": "a\u2028b"}, ensure_ascii=False) + '\n{"turns": [1]}\n')
     with pytest.raises(PromptError, match=r"Line 2 of .*odd.jsonl is no prompt"):
         refuse_evaluation_prompts(odd, [theirs])
+
+
+def test_greedy_text_sees_sharper_logits_of_head_and_target(teacher: Teacher) -> None:
+    plain, sharp = tiny_head(teacher), tiny_head(teacher)
+    sharp.config = dataclasses.replace(sharp.config, temperature_sharpness=2.0)
+    features = torch.randn(6, 3 * sharp.config.target_hidden_size, generator=torch.Generator().manual_seed(3))
+    states = features[:, None].expand(-1, 2, -1)
+
+    def loss(head: Eagle3Head, temperature: float) -> float:
+        paths = random_paths(head, 6, 1, states)
+        return backward(head, paths._replace(temperature=torch.full((6,), temperature)), eagle3)[0].item()
+
+    assert loss(sharp, 1.0) == pytest.approx(loss(plain, 1.0))
+    cold = loss(sharp, 0.0)
+    assert cold != pytest.approx(loss(plain, 0.0), rel=1e-3)
+    with torch.no_grad():
+        plain.lm_head.weight.mul_(2)
+    assert cold == pytest.approx(loss(plain, 0.0), rel=1e-5)
+
+    batch = collate([row for row in make_rows(8) if row.temperature in (0.0, 1.0)])
+    (_, once), (_, twice) = teacher(batch, None), teacher(batch, None, 2.0)
+    squared = once.square() / once.square().sum(-1, keepdim=True)
+    greedy = (batch.temperature == 0).repeat_interleave(batch.chains)
+    assert greedy.any()
+    assert not greedy.all()
+    torch.testing.assert_close(twice, torch.where(greedy[:, None], squared, once), rtol=1e-4, atol=1e-6)
 
 
 def parsed(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> SimpleNamespace:
