@@ -1,7 +1,6 @@
 """python -m server: settings -> engine -> uvicorn."""
 
 import logging
-import os
 import sys
 
 from pydantic_settings import SettingsError
@@ -22,15 +21,11 @@ def main() -> int:
     logging.info("starting %s: target %s, draft %s", settings.model_name, config.model, config.draft or "none")
 
     # Loading these takes seconds, too long for --help or a typing error.
-    import torch
     import uvicorn
 
     from server.app import create_app
     from server.engine.engine import Engine
 
-    if "OMP_NUM_THREADS" not in os.environ:
-        # One core stays free for the event loop: threads of a matrix product wait for the slowest of them.
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     try:
         engine = Engine.from_config(config)
     except EngineError as error:

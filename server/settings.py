@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the models run")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="number format of the weights")
+    threads: int | None = Field(None, ge=1, description="threads of matrix products on a CPU; measured at start by default")
     max_model_len: int | None = Field(None, ge=2, description="most tokens of prompt and completion; the model's own limit by default")
     max_num_seqs: int = Field(DEFAULTS.max_num_seqs, ge=1, description="most requests that run together")
     max_queued_requests: int = Field(512, ge=0, description="most requests that wait; further ones are answered 503")
@@ -131,6 +132,7 @@ class Settings(BaseSettings):
             draft=draft,
             device=self.device,
             dtype=self.dtype,
+            threads=self.threads,
             max_model_len=self.max_model_len,
             max_num_seqs=self.max_num_seqs,
             tree_nodes=self.tree_nodes,

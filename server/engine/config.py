@@ -16,6 +16,7 @@ class EngineConfig:
 
     ``draft_temperature`` None takes the values calibrated for the head, and learns them while serving where it has none.
     ``load_rule`` False keeps ``tree_nodes`` whatever the load, and learns nothing.
+    ``threads``: of matrix products on a CPU; None takes what is fastest, as measured at start (threads.py).
     ``kv_cache_memory`` in bytes; None chooses (see kv_cache.py). ``max_model_len`` in tokens; None takes the model's own.
     """
 
@@ -23,6 +24,7 @@ class EngineConfig:
     draft: str | None = str(DEMO / "vsd")
     device: str = "auto"
     dtype: str = "auto"
+    threads: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int = 32
     tree_nodes: int = 16

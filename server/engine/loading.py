@@ -11,6 +11,7 @@ from server.engine.config import EngineConfig, EngineError
 from server.engine.cpu_layout import store_transposed
 from server.engine.lean import make_lean
 from server.engine.target import Target, refuse_unsupported, self_check
+from server.engine.threads import choose_threads
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +55,9 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
     make_lean(model)
     target = Target(model, taps=config.draft is not None)
     self_check(target, config.block_size)
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads or choose_threads(target, torch.get_num_threads()))
+        logger.info("%d threads", torch.get_num_threads())
     if config.draft is None:
         return target, None, tokenizer
     logger.info("loading draft head %s", config.draft)

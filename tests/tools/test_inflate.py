@@ -139,7 +139,7 @@ def test_a_reduced_draft_vocabulary_grows_by_tokens_that_it_lacked(
     original: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]]
 ) -> None:
     """Half of the vocabulary, the odd ids; and a head whose vocabulary ends before the inflated target's."""
-    monkeypatch.setattr(command, "DRAFT_VOCABULARY", 3000)
+    monkeypatch.setattr(command, "DRAFT_SHARE", 2)
     head = read_head(original.draft)
     half = Eagle3Head(Eagle3Config(**{**vars(head.config), "draft_vocab_size": 2048}))
     half.load_state_dict({**head.state_dict(), "lm_head.weight": head.lm_head.weight[1::2], "d2t": torch.arange(2048) + 1})
@@ -149,9 +149,9 @@ def test_a_reduced_draft_vocabulary_grows_by_tokens_that_it_lacked(
     command.inflate(str(small.target), str(small.draft), SHAPES["wider and deeper"], tmp_path, torch.float32)
     large = Pair(tmp_path / "target", tmp_path / "draft", original.model)
     grown = read_head(large.draft)
-    ids = grown.to_target_ids(torch.arange(3000))
+    ids = grown.to_target_ids(torch.arange(2500))
     assert ids[:2048].tolist() == list(range(1, 4096, 2))
-    assert ids[2048:].tolist() == list(range(0, 2 * 952, 2))
+    assert ids[2048:].tolist() == list(range(0, 2 * 452, 2))
     before, after = (served(pair, prompts, 0.0) for pair in (small, large))
     assert [result.speculation for result in after] == [result.speculation for result in before]
 

@@ -29,7 +29,7 @@ LIKE = {
 }
 """``125m``: the size of small GPT-2. ``llama-3.1-8b``: every size of that model, and so its 8.03 billion parameters."""
 
-DRAFT_VOCABULARY = 32000  # of published EAGLE-3 heads for large vocabularies
+DRAFT_SHARE = 4  # a published EAGLE-3 head drafts from 32000 of Llama 3.1's 128256 tokens
 SHARD_BYTES = 4 * 10**9
 ROPE_TYPES = ("default", "linear", "llama3")  # whose angles depend on their frequency alone
 
@@ -89,13 +89,13 @@ def inflated_target(model: PreTrainedModel, inflater: Inflater) -> Iterator[dict
 
 @torch.no_grad()
 def inflated_head(head: Eagle3Head, inflater: Inflater) -> Eagle3Head:
-    """``head``, whose hidden size is the target's, at one layer of the new shape; its vocabulary grows to at most DRAFT_VOCABULARY."""
+    """``head``, whose hidden size is the target's, at one layer of the new shape; its vocabulary at least 1 / DRAFT_SHARE."""
     config, new, hidden = head.config, inflater.new, inflater.old.hidden_size
     old = Shape.of(config, inflater.old.num_hidden_layers)
     check_growth("draft head", old, new)
     inflater = replace(inflater, old=old)
     axes = Axes.between(old, new)
-    drafted = max(config.draft_vocab_size, min(new.vocab_size, DRAFT_VOCABULARY))
+    drafted = max(config.draft_vocab_size, new.vocab_size // DRAFT_SHARE)
     sizes = {name: size for name, size in asdict(new).items() if name != "num_hidden_layers"}
     eps = inflater.eps(config.rms_norm_eps)
     large = Eagle3Head(replace(config, **sizes, draft_vocab_size=drafted, target_hidden_size=new.hidden_size, rms_norm_eps=eps))
