@@ -44,7 +44,7 @@ class Drafter:
 
     def __init__(self, head: Eagle3Head, blocks: int, block_size: int, max_seqs: int) -> None:
         config = head.config
-        weight = head.lm_head.weight
+        weight = head.fc.weight
         self.head, self.block_size = head, block_size
         self.cache = PagedTensors(1, blocks, block_size, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
         self.state = torch.zeros(max_seqs, config.hidden_size, dtype=weight.dtype, device=weight.device)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from drafts.checkpoint import DraftError, load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
 from server.engine.config import EngineConfig, EngineError
-from server.engine.cpu_layout import store_transposed
+from server.engine.cpu_layout import quantize_draft, store_transposed
 from server.engine.lean import make_lean
 from server.engine.target import Target, refuse_unsupported, self_check
 from server.engine.threads import choose_threads
@@ -69,4 +69,5 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
     except DraftError as error:
         raise EngineError(str(error)) from error
     store_transposed(head)
+    quantize_draft(head)
     return target, head, tokenizer

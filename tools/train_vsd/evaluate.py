@@ -21,7 +21,7 @@ def measuring_engine(target: str, draft: str | None, device: str, concurrency: i
 
 
 def evaluate(engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, concurrency: int) -> dict[str, Any]:
-    """Generate for every prompt and return the figures of DESIGN's ``evaluate --json``.
+    """Generate for every prompt and return the figures of ``evaluate --json``.
 
     Request i samples with seed ``sampling.seed`` + i. Acceptance length counts the bonus token: tokens committed per verification.
     The interval is a bootstrap over prompts. ``repeated_8_grams``: share of looping text, which lengthens acceptance.
