@@ -1,14 +1,18 @@
 """How weights lie in memory, for matrix products of a few rows on a CPU."""
 
 import logging
+import os
 import warnings
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drafts.eagle3 import Eagle3Head
 
 logger = logging.getLogger(__name__)
+PACKED_ENTRIES = 1 << 18  # of a matrix; calls of oneDNN cost 20 us more
+PACKED_ROWS = 8  # that the copies are made for
 
 
 def store_transposed(model: nn.Module) -> None:
@@ -23,6 +27,43 @@ def store_transposed(model: nn.Module) -> None:
             continue
         if module.out_features >= module.in_features:
             module.weight = nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a second copy of its weight in oneDNN's blocks, for more than one row."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.contiguous(), PACKED_ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+@torch.no_grad()
+def pack_for_trees(model: nn.Module) -> None:
+    """Give the large float32 matrices on a CPU a copy that oneDNN reads: trees of 2 to 16 rows take 0.5 to 0.8 of MKL's time, while a
+    single row is faster with MKL. Nothing changes where the copies would take more than half of the free memory, or torch has no oneDNN.
+    """
+    large = [m for m in model.modules() if type(m) is nn.Linear and _is_large(m.weight)]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not torch.backends.mkldnn.is_available() or 2 * sum(linear.weight.nbytes for linear in large) > free:
+        return
+    packed = {linear: PackedLinear(linear) for linear in large}
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child in packed:
+                setattr(parent, name, packed[child])
+
+
+def _is_large(weight: Tensor) -> bool:
+    """Of a size that pays, and not a part of a matrix that is packed as a whole."""
+    whole = weight.untyped_storage().nbytes() == weight.nbytes
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.numel() >= PACKED_ENTRIES and whole
 
 
 class Int8Linear(nn.Module):

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from drafts.checkpoint import DraftError, load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
 from server.engine.config import EngineConfig, EngineError
-from server.engine.cpu_layout import quantize_draft, store_transposed
+from server.engine.cpu_layout import pack_for_trees, quantize_draft, store_transposed
 from server.engine.lean import make_lean
 from server.engine.target import Target, refuse_unsupported, self_check
 from server.engine.threads import choose_threads
@@ -53,6 +53,7 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
         raise EngineError(f"cannot load the weights of {config.model!r}: {str(error).splitlines()[0]}") from error
     store_transposed(model)
     make_lean(model)
+    pack_for_trees(model)
     target = Target(model, taps=config.draft is not None)
     self_check(target, config.block_size)
     if device.type == "cpu":
