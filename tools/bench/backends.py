@@ -187,7 +187,10 @@ class Vllm:
         import vllm  # type: ignore[import-not-found]
 
         self.version = vllm.__version__
-        options = {"ngram": {"prompt_lookup_min": 1, "prompt_lookup_max": 4}, "eagle3": {"model": settings.draft}}
+        options: dict[str, dict[str, Any]] = {
+            "ngram": {"prompt_lookup_min": 1, "prompt_lookup_max": 4},
+            "eagle3": {"model": settings.draft},
+        }
         speculation = {"method": method, "num_speculative_tokens": settings.draft_tokens, **options[method]} if method else None
         self.llm = vllm.LLM(
             model=settings.model,

@@ -32,13 +32,13 @@ class WorkerProcess:
         except BrokenPipeError:
             line = ""
         if not line:
-            raise SystemFailure(f"its process ended with status {self.process.wait()}, see {self.log}")
+            raise SystemFailure(f"its process ended with status {self.process.wait()}, see {self.log.name} in the work directory")
         self._last_reply = time.monotonic()
         reply = json.loads(line)
         self.idle_cpu += reply.get("idle_cpu", 0.0)
         self.idle_seconds += idle_seconds
         if "error" in reply:
-            raise SystemFailure(f"{reply['error']}, see {self.log}")
+            raise SystemFailure(reply["error"])
         return reply
 
     @property
@@ -61,7 +61,8 @@ def started(backend: str, python: str, threads: int, log: Path) -> Iterator[Work
         try:
             yield WorkerProcess(process, log)
         finally:
-            stop(process)
+            process.kill()  # it holds nothing that must be saved, and some take long to end by themselves
+            process.wait()
 
 
 def environment(backend: str, python: str, threads: int) -> dict[str, str]:
@@ -80,13 +81,3 @@ def environment(backend: str, python: str, threads: int) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",  # everything is on disk by now
         "PYTHONPATH": str(ROOT),
     }
-
-
-def stop(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        process.wait(10)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
