@@ -12,10 +12,10 @@ import pytest
 from tqdm import tqdm
 
 from tools.bench import __main__ as bench
-from tools.bench.backends import PLAIN, SPECULATION, Settings, Work
 from tools.bench.plot import speeds
 from tools.bench.report import Row, rows, table, verdict
 from tools.bench.rounds import Round, SystemFailure, measure
+from tools.bench.work import PLAIN, SPECULATION, Settings, Work
 from tools.bench.worker import Worker
 from tools.bench.workers import environment, started
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from server.engine.config import EngineConfig
 from tools.bench import http
 from tools.bench.arguments import PROMPTS
-from tools.bench.backends import PLAIN, SPECULATION
+from tools.bench.work import PLAIN, SPECULATION
 from tools.prompts import read_prompts
 
 STUB = Path(__file__).with_name("stub_server.py")

@@ -1,4 +1,4 @@
-"""python -m tools.bench: this engine, plain and speculative, beside transformers, CTranslate2 and vLLM, in one run.
+"""python -m tools.bench: this engine, plain and speculative, beside transformers, CTranslate2, vLLM and llama.cpp, in one run.
 
 Every system runs in a process of its own with the same number of threads, and gets the same prompts as token ids, at most --concurrency
 at once. It generates exactly --max-tokens tokens for each, the end-of-sequence token ignored; at temperatures above 0, prompt i has seed
@@ -25,10 +25,10 @@ from transformers import AutoTokenizer
 
 from drafts.checkpoint import DraftError, find_head
 from tools.bench.arguments import ROOT, add_common, complete_draft, positive, temperatures
-from tools.bench.backends import PLAIN, SPECULATION, Settings, Work
 from tools.bench.plot import speeds
 from tools.bench.report import Row, rows, table, verdict
 from tools.bench.rounds import BenchError, Round, SystemFailure, measure
+from tools.bench.work import PLAIN, SPECULATION, Settings, Work
 from tools.bench.workers import WorkerProcess, started
 from tools.prompts import PromptError, read_prompts
 from tools.train_vsd.export import export_head
@@ -43,8 +43,9 @@ PEERS = {
     "vllm": "vllm",
     "vllm-ngram": "vllm-ngram",
     "vllm-eagle3": "vllm-eagle3",
+    "llama.cpp": "llama.cpp",
 }
-INTERPRETERS = ("hf", "ctranslate2", "vllm")  # what --peer-python names: a worker's name up to the first dash
+INTERPRETERS = ("hf", "ctranslate2", "vllm", "llama.cpp")  # what --peer-python names: a worker's name up to the first dash
 IDLE_LIMIT = 0.1  # cores that a waiting process may keep busy
 
 
@@ -112,7 +113,7 @@ def loaded(args: argparse.Namespace, model: Path, longest: int) -> Iterator[Syst
         concurrency=max(args.concurrency),
         max_length=longest + args.max_tokens,
         draft_tokens=args.draft_tokens,
-        converted=str(args.work_dir / f"ctranslate2-{fingerprint(model)}"),
+        converted=str(args.work_dir / f"converted-{fingerprint(model)}"),
     )
     held = {PLAIN: OURS, SPECULATION: OURS} | {name: PEERS[name] for name in args.peers}
     systems = Systems()

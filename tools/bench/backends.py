@@ -6,58 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-SPECULATION, PLAIN = "vsd-serve", "vsd-serve plain"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a backend loads. ``concurrency`` and ``max_length`` (tokens of prompt and answer): the largest that will be asked for.
-
-    ``draft``: the head for this backend, in its own layout. ``draft_tokens``: length of the chains that peers draft. ``converted``:
-    where a backend with a format of its own keeps the converted model.
-    """
-
-    model: str
-    draft: str
-    device: str
-    dtype: str
-    threads: int
-    concurrency: int
-    max_length: int
-    draft_tokens: int
-    converted: str
-
-
-@dataclass(frozen=True)
-class Work:
-    """Prompts as token ids, at most ``concurrency`` at once, ``max_tokens`` tokens for each whatever they are."""
-
-    system: str
-    prompts: list[list[int]]
-    concurrency: int
-    temperature: float
-    max_tokens: int
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Generated ids of every prompt in order; verifications of drafts and draft tokens accepted, over all prompts, 0 where unknown."""
-
-    token_ids: list[list[int]]
-    steps: int = 0
-    accepted: int = 0
-
-
-class Backend(Protocol):
-    version: str
-
-    def run(self, work: Work) -> Answers: ...
+from tools.bench.llama_cpp import LlamaCpp
+from tools.bench.work import PLAIN, SPECULATION, Answers, Backend, Settings, Work
 
 
 class Engine:
@@ -146,7 +101,7 @@ class CTranslate2:
         import ctranslate2  # type: ignore[import-not-found]
 
         self.version = ctranslate2.__version__
-        folder = Path(settings.converted) / settings.dtype
+        folder = Path(settings.converted) / f"ctranslate2-{settings.dtype}"
         if not folder.exists():
             self._convert(settings, folder)
         self.generator = ctranslate2.Generator(
@@ -256,5 +211,6 @@ BACKENDS: dict[str, Callable[[Settings], Backend]] = {
     "ctranslate2": CTranslate2,
     "vllm": Vllm,
     "vllm-ngram": partial(Vllm, method="ngram"),
+    "llama.cpp": LlamaCpp,
     "vllm-eagle3": partial(Vllm, method="eagle3"),
 }

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from tools.bench.arguments import add_common, complete_draft
-from tools.bench.backends import PLAIN, SPECULATION
 from tools.bench.report import Row, rows, table, verdict
 from tools.bench.rounds import BenchError, Round, measure
+from tools.bench.work import PLAIN, SPECULATION
 from tools.prompts import PromptError, read_prompts
 
 

@@ -20,7 +20,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from tools.bench.backends import BACKENDS, Backend, Settings, Work
+from tools.bench.backends import BACKENDS
+from tools.bench.work import Backend, Settings, Work
 
 
 def main() -> None:
