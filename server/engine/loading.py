@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from drafts.checkpoint import DraftError, load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
-from server.engine.config import EngineConfig, EngineError
+from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.cpu_layout import store_transposed
 from server.engine.target import Target, refuse_unsupported, self_check
 
@@ -51,9 +51,9 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
         raise EngineError(f"cannot load the weights of {config.model!r}: {str(error).splitlines()[0]}") from error
     if device.type == "cpu":
         store_transposed(model)
-    target = Target(model, taps=config.draft is not None)
+    target = Target(model, taps=config.draft not in (None, NGRAM))
     self_check(target, config.block_size)
-    if config.draft is None:
+    if config.draft in (None, NGRAM):
         return target, None, tokenizer
     logger.info("loading draft head %s", config.draft)
     try:

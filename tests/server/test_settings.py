@@ -6,7 +6,7 @@ import pytest
 from pydantic_settings import SettingsError
 
 from server.__main__ import main
-from server.engine.config import DEMO, EngineConfig
+from server.engine.config import DEMO, NGRAM, EngineConfig
 from server.settings import Settings, load_settings
 
 
@@ -29,6 +29,8 @@ def test_defaults_serve_the_demo_pair() -> None:
         ([], str(DEMO / "vsd")),
         (["--draft", "none"], None),
         (["--draft", "mine"], "mine"),
+        (["--draft", "ngram"], NGRAM),
+        (["some/model", "--draft", "NGram"], NGRAM),
         (["some/model"], None),
         (["some/model", "--draft", "mine"], "mine"),
         (["some/model", "--draft", "NONE"], None),
