@@ -364,10 +364,9 @@ def test_the_demo_target_copies_itself(demo: Path) -> None:
     engine = Engine.from_config(config)
     assert engine.speculative
     assert engine.steps.drafter is None
-    prompts = ["The cat sat on the mat. The dog sat on the log. " * 4, "one two three four five six seven\n" * 6]
-    ids = [engine.tokenizer(prompt).input_ids for prompt in prompts]
     greedy = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
-    results = run(engine, [(prompt, greedy) for prompt in ids])
-    for result in results:
-        steps = 63 - result.speculation.num_accepted_tokens
-        assert 63 / steps > 2.5
+    for prompt in ("one two three four five six seven\n" * 6, "a = 1\nb = 2\nc = 3\n" * 8):
+        going = Run(engine)
+        going.add("0", engine.tokenizer(prompt).input_ids, greedy)
+        going.finish()
+        assert 63 / len([stats for stats in going.stats if stats.emitted]) > 3, "tokens per step, plain ones counted"
