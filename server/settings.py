@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import ByteSize, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    CliImplicitFlag,
     CliPositionalArg,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -15,7 +16,7 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
-from server.engine.config import EngineConfig
+from server.engine.config import NGRAM, EngineConfig
 
 DEFAULTS = EngineConfig()
 DEMO_NAME = "vsd-demo"
@@ -57,7 +58,11 @@ class Settings(BaseSettings):
     model: CliPositionalArg[str | None] = Field(
         None, description="local directory or hub id of the target; without it the demo pair is served"
     )
-    draft: str | None = Field(None, description="draft head (local directory or hub id), or `none` for plain decoding")
+    draft: str | None = Field(
+        None,
+        description="draft head (local directory or hub id), `ngram` for drafts from the request's own text, or `none` for plain decoding",
+    )
+    ngrams: CliImplicitFlag[bool] = Field(DEFAULTS.ngrams, description="draft from a request's own text beside the draft head")
     host: str = Field("127.0.0.1", description="address to listen on")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the models run")
@@ -126,10 +131,11 @@ class Settings(BaseSettings):
         """A model of the user's own is decoded plainly unless a draft head is named with it."""
         draft = DEFAULTS.draft if self.model is None else None
         if self.draft is not None:
-            draft = None if self.draft.lower() == "none" else self.draft
+            draft = {"none": None, NGRAM: NGRAM}.get(self.draft.lower(), self.draft)
         return EngineConfig(
             model=self.model or DEFAULTS.model,
             draft=draft,
+            ngrams=self.ngrams,
             device=self.device,
             dtype=self.dtype,
             threads=self.threads,

@@ -75,17 +75,30 @@ class LoadRule:
         return self.shape._replace(level_price=speed * cost.level, node_price=speed * cost.node)
 
     def observe(self, batch: int, levels: int, nodes: int, accepted: Iterable[int]) -> None:
-        """Learn from a step that grew ``levels`` levels and verified ``nodes`` nodes, of which each request accepted so many."""
+        """Learn from a step that grew ``levels`` levels and verified ``nodes`` nodes, of which requests accepted so many."""
         measured = self._measured(batch)
         estimate, cost, counts = self._estimates[measured], self.costs[measured], list(accepted)
         if nodes == 1 or not counts:
             estimate.move(*estimate.first, _FORGETTING)
         else:
-            estimate.move(1 + sum(counts) / len(counts), cost.tree(levels, nodes) / cost.plain, 1 - _MEMORY ** len(counts))
+            estimate.move(1 + sum(counts) / batch, cost.tree(levels, nodes) / cost.plain, 1 - _MEMORY ** len(counts))
 
     def _measured(self, batch: int) -> int:
         """The measured batch size that stands for ``batch``: the next larger one."""
         return min((size for size in self.costs if size >= batch), default=max(self.costs))
+
+
+class FreeDraftRule(LoadRule):
+    """The load rule where drafting costs nothing: trees are known before it is decided, so each step's own tree says what it will bring.
+
+    Plain decoding is what a tree must beat, MIN_GAIN times; the price of a level is that of all but its nodes.
+    """
+
+    def choose(self, batch: int) -> TreeShape:
+        cost = self.costs[self._measured(batch)]
+        needed = MIN_GAIN * batch / cost.plain
+        speed = max(needed, batch * self.gain(batch) / cost.plain)
+        return self.shape._replace(level_price=needed * cost.tree(1, 1) - batch, node_price=speed * cost.node)
 
 
 def _first_estimate(shape: TreeShape, cost: StepCost, acceptance: Mapping[int, float]) -> _Estimate:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+NGRAM = "ngram"
 DEMO = Path(__file__).resolve().parents[2] / "drafts" / "demo"
 
 
@@ -12,7 +13,10 @@ class EngineError(ValueError):
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """``model`` and ``draft``: local directories or hub ids. ``draft`` None serves plain decoding.
+    """``model`` and ``draft``: local directories or hub ids. ``draft`` None serves plain decoding, NGRAM drafts from the
+    requests' own text.
+
+    ``ngrams``: the requests' own text drafts beside the head.
 
     ``draft_temperature`` None takes the values calibrated for the head, and learns them while serving where it has none.
     ``load_rule`` False keeps ``tree_nodes`` whatever the load, and learns nothing.
@@ -31,6 +35,7 @@ class EngineConfig:
     tree_depth: int = 5
     tree_topk: int = 6
     draft_temperature: float | None = None
+    ngrams: bool = True
     load_rule: bool = True
     block_size: int = 16
     kv_cache_memory: int | None = None

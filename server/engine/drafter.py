@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from drafts.eagle3 import Eagle3Head
-from kernels.best_nodes import best_nodes
 from kernels.draft_level import draft_level
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout
-from kernels.tree_mask import tree_mask
 from server.engine.kv_cache import PagedTensors
+from server.engine.ngram import Candidates
+from server.engine.pool import Pool, best_tree, limited, merge
 from server.engine.types import Tree
 
 
@@ -36,7 +36,7 @@ class TreeShape(NamedTuple):
 
     def shrunk(self, nodes: int) -> "TreeShape":
         """The shape for fewer nodes: no level and no branch that they could not fill."""
-        return TreeShape(nodes, max(1, min(self.depth, nodes - 1)), max(1, min(self.topk, nodes - 1)))
+        return self._replace(nodes=nodes, depth=max(1, min(self.depth, nodes - 1)), topk=max(1, min(self.topk, nodes - 1)))
 
 
 class Drafter:
@@ -75,14 +75,15 @@ class Drafter:
 
     def grow(
         self, rows: Tensor, roots: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape,
-        options: SamplingBatch, noise: Noise | None, sigma: Tensor, temperature: Tensor,
+        options: SamplingBatch, noise: Noise | None, sigma: Tensor, temperature: Tensor, limits: Tensor | None, ngrams: Candidates | None,
     ) -> Tree:  # fmt: skip
         """One tree per request (EAGLE-2): expand the best ``topk`` nodes of every level, keep the best ``nodes`` - 1 of all.
 
         A node's score is the product over its path of softmax((log q + noise) / sigma), the drafted survival probability: with the
         request's own noise the draft guesses the very token that verification will draw.
         roots int64 [B]: last committed tokens; sigma float32 [shape.depth, B]: drafting temperatures of the levels; temperature float32
-        [B]: the requests', clamped to [0, 1].
+        [B]: the requests', clamped to [0, 1]; limits int64 [B]: most drafted nodes of each request; ngrams: nodes that compete with the
+        head's.
         """
         topk = shape.topk
         expanded = torch.arange((shape.depth - 1) * topk, device=roots.device)
@@ -90,10 +91,11 @@ class Drafter:
         own_bits = torch.ones_like(expanded) << expanded
         y = self.state[rows][:, None]
         logits = self.head.logits(y, temperature[:, None])
-        level = draft_level(logits, options, noise, 0, sigma[0], self._target_ids, torch.zeros_like(sigma[0])[:, None], topk)
+        start = torch.zeros_like(sigma[0]) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
+        level = draft_level(logits, options, noise, 0, sigma[0], self._target_ids, start[:, None], topk)
         self.guesses = level.tokens.gather(1, level.best[:, :1])[:, 0], level.best_scores[:, 0]
         ancestors = torch.zeros_like(level.best)
-        pool = [(level.scores, level.tokens, ancestors)]
+        levels = [Pool(level.scores, level.tokens, ancestors)]
         first = 1  # of the last level's places in the pool; the root has place 0
         for depth in range(1, shape.depth):
             width = _worthwhile(level.best_scores, shape)
@@ -108,13 +110,14 @@ class Drafter:
             y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), temperature)
             logits = self.head.logits(y, temperature[:, None])
             level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, best_scores, topk)
-            pool.append((level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
-            first += pool[-2][0].shape[1]
-        self.levels = len(pool)
-        scores, tokens, parents = (torch.cat(part, dim=1) for part in zip(*pool, strict=True))
-        tokens, parent = best_nodes(roots, scores, tokens, parents, shape.nodes, shape.node_price)
-        ancestors, depths = tree_mask(parent, shape.depth)
-        return Tree(tokens, parent, depths, ancestors)
+            levels.append(Pool(level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
+            first += levels[-2].scores.shape[1]
+        self.levels = depth = len(levels)
+        pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))
+        if ngrams is not None and ngrams.pool is not None:
+            pool = merge(pool, ngrams.pool.to(roots.device), min(depth, ngrams.depth))
+            depth = max(depth, ngrams.depth)
+        return best_tree(roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
 
 
 def _worthwhile(scores: Tensor, shape: TreeShape) -> int:
@@ -127,10 +130,3 @@ def _worthwhile(scores: Tensor, shape: TreeShape) -> int:
         return scores.shape[1]
     paying = [tokens for tokens in scores.exp().sum(0).tolist() if tokens >= shape.node_price]
     return len(paying) if sum(paying) >= shape.level_price else 0
-
-
-def root_only(roots: Tensor) -> Tree:
-    """The tree of plain decoding: the last committed token alone."""
-    tokens = roots[:, None]
-    zero = torch.zeros_like(tokens)
-    return Tree(tokens, zero, zero, torch.ones_like(tokens))

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerFast
 
 from drafts.eagle3 import DraftTemperature, Eagle3Head
 from kernels.tree_mask import MAX_NODES
-from server.engine.budget import LoadRule, default_acceptance, measure_costs
+from server.engine.budget import FreeDraftRule, LoadRule, default_acceptance, measure_costs
 from server.engine.calibration import LearnedSigma
-from server.engine.config import EngineConfig, EngineError
+from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import load
+from server.engine.ngram import FullDrafts, Ngrams
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler
 from server.engine.steps import Steps
@@ -31,13 +32,15 @@ Work = Callable[[list[Request], StepStats], list[RequestOutput]]
 class Engine:
     """Continuous batching over a paged cache. Used from one thread; never raises for the fault of a single request.
 
-    ``head`` None: plain decoding by the same steps, with trees of one node.
+    ``head`` None: drafts from the requests' own text if the configuration asks for it, else plain decoding by the same steps, with trees
+    of one node.
     """
 
     def __init__(self, target: Target, head: Eagle3Head | None, tokenizer: PreTrainedTokenizerFast, config: EngineConfig) -> None:
         self.tokenizer, self.vocab_size = tokenizer, target.vocab_size
         self.max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
-        self.shape = _tree_shape(config) if head else TreeShape(1, 1, 1)
+        drafts = head is not None or config.draft == NGRAM
+        self.shape = _tree_shape(config, head is not None) if drafts else TreeShape(1, 1, 1)
         max_slots = self.max_model_len + self.shape.lookahead
         bytes_per_token = target.kv_bytes_per_token + (
             head.config.num_key_value_heads * head.config.head_dim * 2 * target.dtype.itemsize if head else 0
@@ -53,8 +56,10 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
         self.load_rule: LoadRule | None = None
-        if head and config.load_rule and self.shape.nodes > 1:
+        if drafts and config.load_rule and self.shape.nodes > 1:
             self.load_rule = self._measure(head, config.max_num_seqs)
+        if drafts and (config.ngrams or head is None):
+            self.steps.ngrams = Ngrams()
         if head and config.load_rule and self.steps.sigma is DEFAULT_SIGMA:
             self.steps.learned = LearnedSigma(DEFAULT_SIGMA)
 
@@ -65,7 +70,7 @@ class Engine:
 
     @property
     def speculative(self) -> bool:
-        return self.steps.drafter is not None
+        return self.steps.drafter is not None or self.steps.ngrams is not None
 
     @property
     def max_request_tokens(self) -> int:
@@ -165,8 +170,9 @@ class Engine:
         if self.steps.drafter:
             self.steps.drafter.cache.clear(blocks)
 
-    def _measure(self, head: Eagle3Head, max_batch: int) -> LoadRule:
+    def _measure(self, head: Eagle3Head | None, max_batch: int) -> LoadRule:
         """Time whole steps of requests made for it: what decides how much a load may draft."""
+        self.steps.ngrams = None if head else FullDrafts()
         full, prompt = self.shape, [0] * max(1, min(16, self.max_request_tokens // 2))
         params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=0.0, seed=0, ignore_eos=True)
         names = (f"measurement-{i}" for i in itertools.count())
@@ -184,13 +190,13 @@ class Engine:
         self.shape = full
         for request_id in list(self._requests):
             self.abort(request_id)
-        known = head.metadata.acceptance_length if head.metadata else {}
-        return LoadRule(full, costs, known or default_acceptance(full.nodes))
+        known = head.metadata.acceptance_length if head and head.metadata else {}
+        return (LoadRule if head else FreeDraftRule)(full, costs, known or default_acceptance(full.nodes))
 
 
-def _tree_shape(config: EngineConfig) -> TreeShape:
-    """The largest tree; its verified and its drafted nodes must each fit one ancestor word."""
-    shape = TreeShape(config.tree_nodes, config.tree_depth, config.tree_topk)
+def _tree_shape(config: EngineConfig, head: bool) -> TreeShape:
+    """The largest tree; its verified and its drafted nodes must each fit one ancestor word. Without a head there are no levels."""
+    shape = TreeShape(config.tree_nodes, config.tree_depth, config.tree_topk) if head else TreeShape(config.tree_nodes, 1, 1)
     if min(shape[:3]) < 1 or shape.lookahead > MAX_NODES:
         raise EngineError(
             f"tree_nodes {shape.nodes}, tree_depth {shape.depth} and tree_topk {shape.topk} were given; all must be at least 1, "

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from drafts.checkpoint import DraftError, load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
-from server.engine.config import EngineConfig, EngineError
+from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.cpu_layout import pack_for_trees, quantize_draft, store_transposed
 from server.engine.lean import make_lean
 from server.engine.target import Target, refuse_unsupported, self_check
@@ -54,12 +54,12 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
     store_transposed(model)
     make_lean(model)
     pack_for_trees(model)
-    target = Target(model, taps=config.draft is not None)
+    target = Target(model, taps=config.draft not in (None, NGRAM))
     self_check(target, config.block_size)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or choose_threads(target, torch.get_num_threads()))
         logger.info("%d threads", torch.get_num_threads())
-    if config.draft is None:
+    if config.draft in (None, NGRAM):
         return target, None, tokenizer
     logger.info("loading draft head %s", config.draft)
     try:

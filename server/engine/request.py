@@ -7,7 +7,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from kernels.tree_mask import MAX_NODES
 from server.engine.detokenizer import Detokenizer
+from server.engine.ngram import NgramIndex
 from server.engine.types import FinishReason, RequestOutput, RequestTimes, SamplingParams, SpeculationStats, TokenLogprob
 
 
@@ -35,6 +37,7 @@ class Request:
     prompt_tokens: Tensor | None = None  # bool [V]
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
+    ngrams: NgramIndex = field(default_factory=NgramIndex)
 
     @classmethod
     def create(
@@ -71,6 +74,16 @@ class Request:
     def max_len(self) -> int:
         """Tokens of prompt and output together, at most."""
         return self.prompt_len + self.params.max_tokens
+
+    @property
+    def max_draft_nodes(self) -> int:
+        """Drafted nodes of a tree, at most."""
+        return MAX_NODES if self.params.max_draft_nodes is None else self.params.max_draft_nodes
+
+    @property
+    def warmth(self) -> int:
+        """A class of requests whose guesses come true equally often: 0 near greedy decoding, 2 near temperature 1 and above."""
+        return 0 if self.params.greedy else round(2 * min(self.params.temperature, 1.0))
 
     @property
     def forbidden_until_min_tokens(self) -> frozenset[int]:

@@ -15,9 +15,11 @@ from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
-from server.engine.drafter import Drafter, TreeShape, root_only
+from server.engine.drafter import Drafter, TreeShape
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
+from server.engine.ngram import Candidates, Ngrams
+from server.engine.pool import best_tree, root_only
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
 from server.engine.target import Target
@@ -28,11 +30,15 @@ MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft 
 
 
 class Steps:
-    """The device side of the engine. ``sigma``: drafting temperatures by request temperature and level; ``learned`` moves them."""
+    """The device side of the engine. ``sigma``: drafting temperatures by request temperature and level; ``learned`` moves them.
+
+    ``ngrams``: drafts from the requests' own text, beside the head's or without a head.
+    """
 
     def __init__(self, target: Target, drafter: Drafter | None, pool: BlockPool, cache: PagedTensors, sigma: DraftTemperature) -> None:
         self.target, self.drafter, self.pool, self.cache, self.sigma = target, drafter, pool, cache, sigma
         self.learned: LearnedSigma | None = None
+        self.ngrams: Ngrams | None = None
         self.device = target.device
 
     def prefill(self, requests: list[Request], width: int, stats: StepStats) -> list[RequestOutput]:
@@ -70,26 +76,33 @@ class Steps:
 
     def decode(self, requests: list[Request], shape: TreeShape, stats: StepStats) -> list[RequestOutput]:
         """One verification of every request: grow trees, run the target over all nodes, keep what it would have generated."""
+        shape = _allowed(requests, shape)
+        guesses = self._look_up(requests, shape)
+        reach = max(shape.depth, guesses.depth if guesses else 0)
         options = batch_options(requests, self.target.vocab_size, self.device)
-        noise = batch_noise(requests, shape.depth + 1, self.target.vocab_size, self.device)
-        tree = self._propose(requests, shape, options, noise)
+        noise = batch_noise(requests, reach + 1, self.target.vocab_size, self.device)
+        tree = self._propose(requests, shape, options, noise, guesses)
         context_lens, max_context = self._context(requests)
         tables = self.pool.tables[self._rows(requests)]
         layout = TreeLayout(tables, context_lens, tree.depth, tree.ancestors, None, self.pool.block_size, max_context)
         logits, features = self.target.forward(tree.tokens.clamp(min=0), layout, self.cache)
         logits = logits.unflatten(0, tree.tokens.shape)
-        verdict, healthy = _verify(tree, shape.depth, logits, options, noise)
-        if self.drafter is not None and tree.tokens.shape[1] > 1:
-            stats.draft_levels, stats.tree_nodes = self.drafter.levels, tree.tokens.shape[1]
+        verdict, healthy = _verify(tree, reach, logits, options, noise)
+        if tree.tokens.shape[1] > 1:
+            stats.draft_levels, stats.tree_nodes = self.drafter.levels if self.drafter else 1, tree.tokens.shape[1]
             kv_commit(self.cache.k, self.cache.v, tables, context_lens, verdict.path)
-            for request, accepted in zip(requests, verdict.num_accepted.tolist(), strict=True):
-                request.speculation.record(tree.tokens.shape[1] - 1, accepted, shape.depth)
-                stats.drafts.append((tree.tokens.shape[1] - 1, accepted))
+            counts = torch.stack(((tree.tokens >= 0).sum(1) - 1, verdict.num_accepted), dim=1).tolist()
+            for request, (drafted, accepted) in zip(requests, counts, strict=True):
+                if drafted:
+                    request.speculation.record(drafted, accepted, reach)
+                    stats.drafts.append((drafted, accepted))
             self._learn(requests, verdict)
         if features is not None:
             self._remember(requests, features, verdict)
         outputs = self._commit(requests, verdict, healthy, logits, stats)
         stats.emitted += [len(output.token_ids) for output in outputs]
+        if self.ngrams is not None and guesses is not None:
+            self.ngrams.learn(guesses, [output.token_ids for output in outputs])
         return outputs
 
     def sync_draft(self, requests: list[Request]) -> None:
@@ -120,17 +133,35 @@ class Steps:
         """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""
         self.sync_draft([r for r in requests if r.pending and r.num_pending * r.pending[0][0].nbytes > MAX_PENDING_BYTES])
 
-    def _propose(self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None) -> Tree:
+    def _look_up(self, requests: list[Request], shape: TreeShape) -> Candidates | None:
+        """What the requests' own text proposes; None when nothing is to be drafted, or when it fails."""
+        if self.ngrams is None or shape.nodes == 1:
+            return None
+        try:
+            guesses = self.ngrams.find(requests, shape.nodes)
+            return guesses if self.drafter else guesses.worthwhile(shape.level_price, shape.node_price)
+        except Exception:
+            logger.exception("looking up n-grams failed; this step drafts without them")
+            return None
+
+    def _propose(
+        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None
+    ) -> Tree:
         """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
         roots = self._roots(requests)
-        if self.drafter is None or shape.nodes == 1:
+        if shape.nodes == 1:
             return root_only(roots)
         try:
+            if self.drafter is None:
+                return _ngram_tree(roots, shape, guesses)
             self.sync_draft(requests)
             context_lens, max_context = self._context(requests)
             rows, sigma, temperature = self._rows(requests), self._sigma(requests, shape.depth), self._temperature(requests)
             tables = self.pool.tables[rows]
-            return self.drafter.grow(rows, roots, tables, context_lens, max_context, shape, options, noise, sigma, temperature)
+            limits = self._limits(requests, shape)
+            return self.drafter.grow(
+                rows, roots, tables, context_lens, max_context, shape, options, noise, sigma, temperature, limits, guesses
+            )
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
             return root_only(roots)
@@ -147,7 +178,8 @@ class Steps:
         tokens, scores = self.drafter.guesses
         told = zip(self._temperature(requests).tolist(), scores.exp().tolist(), (tokens == verdict.tokens[:, 0]).tolist(), strict=True)
         for temperature, predicted, right in told:
-            self.learned.observe(temperature, predicted, right)
+            if predicted > 0:  # else nothing was to be drafted
+                self.learned.observe(temperature, predicted, right)
         self.sigma = self.learned.points
 
     def _sigma(self, requests: list[Request], levels: int) -> Tensor:
@@ -202,9 +234,27 @@ class Steps:
     def _roots(self, requests: list[Request]) -> Tensor:
         return torch.tensor([request.token_ids[-1] for request in requests], device=self.device)
 
+    def _limits(self, requests: list[Request], shape: TreeShape) -> Tensor | None:
+        """Most drafted nodes of every request, int64 [B]; None where the shape is the only limit."""
+        limits = [request.max_draft_nodes for request in requests]
+        return torch.tensor(limits, device=self.device) if min(limits) < shape.nodes - 1 else None
+
     def _context(self, requests: list[Request]) -> tuple[Tensor, int]:
         lengths = [request.context_len for request in requests]
         return torch.tensor(lengths, device=self.device), max(lengths)
+
+
+def _allowed(requests: list[Request], shape: TreeShape) -> TreeShape:
+    """The shape for no more nodes than some request may have."""
+    most = max(request.max_draft_nodes for request in requests)
+    return shape.shrunk(most + 1) if most < shape.nodes - 1 else shape
+
+
+def _ngram_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:
+    """Trees of n-grams alone."""
+    if guesses is None or guesses.pool is None:
+        return root_only(roots)
+    return best_tree(roots, guesses.pool.to(roots.device), shape.nodes, shape.node_price, guesses.depth)
 
 
 def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Noise | None) -> tuple[Verdict, Tensor]:

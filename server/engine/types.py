@@ -16,6 +16,8 @@ class SamplingParams:
     Order of application: logit_bias and min_tokens, penalties, temperature, top_k, top_p, min_p (as in vLLM, top_k before top_p).
     ``temperature`` below 1e-5 is greedy. ``top_k`` 0 keeps every token. ``logprobs``: number of alternatives reported for each
     generated token (0: only the chosen one), None for no report; values are of the target's raw distribution, before any option.
+    ``max_draft_nodes``: most live nodes of the request's trees, the root not counted; 0 decodes plainly, None sets no limit of its own.
+    It changes the speed, never the text.
     """
 
     max_tokens: int = 16
@@ -35,6 +37,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    max_draft_nodes: int | None = None
 
     @property
     def greedy(self) -> bool:

@@ -51,6 +51,15 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
+class SpeculationOptions(BaseModel):
+    """How much may be drafted for a request. It changes the speed, never the text."""
+
+    model_config = ConfigDict(strict=True)
+
+    enabled: bool = True
+    max_nodes: int | None = Field(default=None, ge=0, description="Most drafted nodes of a verification, the root not counted.")
+
+
 class CompletionRequest(BaseModel):
     """OpenAI's completion request and vLLM's sampling extensions. Null means the default; unknown fields are ignored."""
 
@@ -84,6 +93,7 @@ class CompletionRequest(BaseModel):
     suffix: str | None = Field(None, description="Not supported.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    speculation: SpeculationOptions = SpeculationOptions()
     user: str | None = Field(None, description="Ignored.")
 
     @model_validator(mode="before")
@@ -112,6 +122,7 @@ class CompletionRequest(BaseModel):
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
+            max_draft_nodes=self.speculation.max_nodes if self.speculation.enabled else 0,
         )
 
 
@@ -171,7 +182,7 @@ class SpeculationMetrics(BaseModel):
 
 
 class RequestMetrics(BaseModel):
-    """``speculative_decoding`` is null without a draft head, and for several choices."""
+    """``speculative_decoding`` is null on a server that decodes plainly, and for several choices."""
 
     speculative_decoding: SpeculationMetrics | None
 

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import Server, launch
+from tests.e2e.conftest import Server, launch, wait_for_url
 
 PROMPT = "Once upon a time"
 
@@ -152,6 +152,25 @@ def test_metrics_add_up(http: httpx.Client) -> None:
     wait_until(lambda: metric(http, "generation_tokens_total") == before + 30)
     assert metric(http, "generation_tokens_per_second") > 0
     assert metric(http, "time_to_first_token_seconds_count") > 0
+
+
+def test_drafts_from_the_text_alone(server_arguments: list[str], http: httpx.Client) -> None:
+    """The same text as with the head, and a request may go without."""
+    target = server_arguments[:1]
+    process, log = launch(*target, "--draft", "ngram", "--served-model-name", "served", "--max-num-seqs", "1")
+    try:
+        body = {"prompt": "one two three four five six seven\n" * 6, "max_tokens": 48, "temperature": 0}
+        expected = http.post("/v1/completions", json=body).json()["choices"]
+        with httpx.Client(base_url=wait_for_url(process, log), timeout=120) as client:
+            for speculation in ({}, {"max_nodes": 2}, {"enabled": False}):
+                answer = client.post("/v1/completions", json={**body, "speculation": speculation}).json()
+                assert answer["choices"] == expected
+                figures = answer["metrics"]["speculative_decoding"]
+                assert figures["num_draft_tokens"] <= figures["num_spec_steps"] * speculation.get("max_nodes", 15)
+                assert speculation.get("enabled", True) or figures["num_spec_steps"] == 0
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def test_model_that_cannot_be_loaded(tmp_path: Path) -> None:

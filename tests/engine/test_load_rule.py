@@ -86,6 +86,13 @@ def test_the_estimate_meets_the_truth() -> None:
     assert rule.gain(2) == pytest.approx(2.5 / (1 + 2 * 0.1 + 8 * 0.04), abs=0.01)
 
 
+def test_requests_that_draft_nothing_bring_one_token() -> None:
+    rule = LoadRule(SHAPE, machine(0.0, 0.0), ACCEPTANCE)
+    for _ in range(400):
+        rule.observe(4, 3, 8, [2, 1])
+    assert rule.gain(4) == pytest.approx((2 * 1 + 3 + 2) / 4, abs=0.01)
+
+
 def test_default_acceptance_grows_slowly() -> None:
     guess = default_acceptance(32)
     assert guess[1] == 1

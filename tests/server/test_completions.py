@@ -120,6 +120,17 @@ async def test_echo_without_completion(client: httpx.AsyncClient, logprobs: int 
     assert logprobs is None or choice["logprobs"]["tokens"] == ["h", "e", "y"]
 
 
+@pytest.mark.parametrize(
+    ("speculation", "nodes"),
+    [(None, None), ({}, None), ({"max_nodes": 3}, 3), ({"max_nodes": None}, None), ({"enabled": False, "max_nodes": 3}, 0)],
+)
+async def test_a_request_limits_its_drafts(
+    client: httpx.AsyncClient, engine: FakeEngine, speculation: dict | None, nodes: int | None
+) -> None:
+    await complete(client, speculation=speculation)
+    assert engine.params[0].max_draft_nodes == nodes
+
+
 async def test_speculation_statistics(client: httpx.AsyncClient) -> None:
     answer = await complete(client, max_tokens=6)
     assert answer["metrics"]["speculative_decoding"] == {

@@ -80,6 +80,7 @@ async def test_prompt_missing_or_null(client: httpx.AsyncClient) -> None:
         ("logit_bias", {"257": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"1": -1e9}), ("logit_bias", [1]), ("n", 0), ("n", 129),
         ("n", 10**9), ("best_of", 2), ("logprobs", -1), ("logprobs", 6), ("logprobs", True), ("suffix", "end"), ("echo", "yes"),
         ("stream", 1), ("stream_options", {"include_usage": True}), ("stream_options", 3), ("user", 3),
+        ("speculation", 3), ("speculation", {"enabled": 1}), ("speculation", {"max_nodes": -1}), ("speculation", {"max_nodes": "2"}),
     ],
 )  # fmt: skip
 async def test_option(client: httpx.AsyncClient, param: str, value: object) -> None:

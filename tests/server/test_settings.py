@@ -6,7 +6,7 @@ import pytest
 from pydantic_settings import SettingsError
 
 from server.__main__ import main
-from server.engine.config import DEMO, EngineConfig
+from server.engine.config import DEMO, NGRAM, EngineConfig
 from server.settings import Settings, load_settings
 
 
@@ -29,6 +29,8 @@ def test_defaults_serve_the_demo_pair() -> None:
         ([], str(DEMO / "vsd")),
         (["--draft", "none"], None),
         (["--draft", "mine"], "mine"),
+        (["--draft", "ngram"], NGRAM),
+        (["some/model", "--draft", "NGram"], NGRAM),
         (["some/model"], None),
         (["some/model", "--draft", "mine"], "mine"),
         (["some/model", "--draft", "NONE"], None),
@@ -57,10 +59,11 @@ def test_flag_over_environment_over_file_over_default(tmp_path: Path, monkeypatc
 
 def test_every_option_reaches_the_engine() -> None:
     argv = "m --draft d --device cpu --dtype bfloat16 --max-model-len 99 --max-num-seqs 3 --tree-nodes 8 --tree-depth 3 --tree-topk 2"
-    argv += " --draft-temperature 0.5 --block-size 32 --kv-cache-memory 1MiB --seed -1"
+    argv += " --draft-temperature 0.5 --block-size 32 --kv-cache-memory 1MiB --seed -1 --threads 3 --no-ngrams"
     assert load_settings(argv.split()).engine_config() == EngineConfig(
-        "m", "d", "cpu", "bfloat16", 99, 3, 8, 3, 2, 0.5, True, 32, 2**20, -1
-    )
+        "m", "d", "cpu", "bfloat16", threads=3, max_model_len=99, max_num_seqs=3, tree_nodes=8, tree_depth=3, tree_topk=2,
+        draft_temperature=0.5, ngrams=False, block_size=32, kv_cache_memory=2**20, seed=-1,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

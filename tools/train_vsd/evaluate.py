@@ -16,8 +16,9 @@ from tools.train_vsd.generate import Completion, complete
 
 
 def measuring_engine(target: str, draft: str | None, device: str, concurrency: int, **options: Any) -> Engine:
-    """An engine that drafts the same tree at every step, whatever the load. ``options``: further fields of EngineConfig."""
-    return Engine.from_config(EngineConfig(model=target, draft=draft, device=device, max_num_seqs=concurrency, load_rule=False, **options))
+    """An engine whose head alone drafts, the same tree at every step, whatever the load. ``options``: further fields of EngineConfig."""
+    config = EngineConfig(model=target, draft=draft, device=device, max_num_seqs=concurrency, load_rule=False, ngrams=False, **options)
+    return Engine.from_config(config)
 
 
 def evaluate(engine: Engine, prompts: Sequence[list[int]], sampling: SamplingParams, concurrency: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Probe:
         requests = [(prompt, dataclasses.replace(sampling, seed=(sampling.seed or 0) + i)) for i, prompt in enumerate(prompts)]
         with self.teacher.serving():
             longest = max(map(len, prompts)) + sampling.max_tokens  # a cache for longer requests would only cost time
-            config = EngineConfig(max_num_seqs=self.concurrency, load_rule=False, max_model_len=longest, **options)
+            config = EngineConfig(max_num_seqs=self.concurrency, load_rule=False, ngrams=False, max_model_len=longest, **options)
             engine = Engine(self.target, head, self.tokenizer, config)
             return sorted(complete(engine, requests, self.concurrency), key=lambda completion: completion.index)
 

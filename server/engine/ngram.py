@@ -1,0 +1,169 @@
+"""Drafts from a request's own text: what followed when its last tokens stood there before (prompt lookup)."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from server.engine.pool import Pool
+
+if TYPE_CHECKING:
+    from server.engine.request import Request
+
+SHORTEST, LONGEST = 2, 8  # tokens of a match; longer ones are as good as LONGEST
+OCCURRENCES = 16  # that are compared, the newest ones
+FOLLOWED = 4  # of them, the longest matches
+BRANCHES = 3  # children of a node
+LOW, HIGH = 0.01, 0.99  # of a rate
+_FLOOR = math.log(0.02)  # below this probability of survival a path is not followed further
+_HEADSTART = 10  # observations that the first guess of a rate is worth
+_FORGETTING = 1e-3  # of a rate per observation, at least: texts change
+Kind = tuple[int, int, int]  # of a guess: warmth of the request, tokens that match before it, siblings ahead of it
+
+
+class NgramIndex:
+    """Places of every ``SHORTEST`` tokens in a text that only grows: a chain per n-gram, newest first."""
+
+    def __init__(self) -> None:
+        self._newest: dict[tuple[int, ...], int] = {}  # n-gram -> place of the token after it
+        self._before = [-1] * SHORTEST  # place -> the place before it with the same n-gram, -1: none
+
+    def matches(self, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+        """What equals the end of ``token_ids``: (length, place after it), longest first, of one length the newest first."""
+        for place in range(len(self._before), len(token_ids)):
+            ngram = tuple(token_ids[place - SHORTEST : place])
+            self._before.append(self._newest.get(ngram, -1))
+            self._newest[ngram] = place
+        found: list[tuple[int, int]] = []
+        place, end = self._newest.get(tuple(token_ids[-SHORTEST:]), -1), len(token_ids)
+        while place >= 0 and len(found) < OCCURRENCES:
+            length = SHORTEST
+            while length < min(LONGEST, place) and token_ids[place - length - 1] == token_ids[end - length - 1]:
+                length += 1
+            found.append((length, place))
+            place = self._before[place]
+        return sorted(found, key=lambda match: -match[0])
+
+
+class Rates:
+    """How often guesses come true whose parent did, by kind; learned from every committed text, whatever was proposed."""
+
+    def __init__(self) -> None:
+        self._rates: dict[Kind, float] = {}
+        self._seen: dict[Kind, int] = {}
+
+    def __getitem__(self, kind: Kind) -> float:
+        """A cautious guess where nothing was observed."""
+        _, length, rank = kind
+        return self._rates.get(kind, 0.05 if rank else 0.1 * length)
+
+    def observe(self, kind: Kind, right: bool) -> None:
+        seen = self._seen[kind] = self._seen.get(kind, _HEADSTART) + 1
+        rate = self[kind] + (right - self[kind]) * max(1 / seen, _FORGETTING)
+        self._rates[kind] = min(max(rate, LOW), HIGH)
+
+
+class Draft:
+    """Guesses for one request. Node 0 is its last committed token, node i > 0 has entry i - 1 of the lists; parents come first."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.scores: list[float] = []  # log-probability that the path survives
+        self.kinds: list[Kind] = []
+        self.children: list[dict[int, int]] = [{}]  # of every node, by token
+        self.depth = 0
+
+    def add(self, parent: int, token: int, score: float, kind: Kind) -> int:
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.scores.append(score)
+        self.kinds.append(kind)
+        self.children.append({})
+        self.children[parent][token] = len(self.tokens)
+        return len(self.tokens)
+
+    def follow(self, path: Sequence[int], length: int, warmth: int, rates: Rates) -> None:
+        """Add what is new of ``path``, which followed a match of ``length`` tokens. Every right guess makes the match longer."""
+        node, score = 0, 0.0
+        for depth, token in enumerate(path, 1):
+            below = self.children[node].get(token)
+            if below is None:
+                kind = (warmth, min(length + depth - 1, LONGEST), len(self.children[node]))
+                if kind[2] == BRANCHES or score < _FLOOR:
+                    return
+                below = self.add(node, token, score + math.log(rates[kind]), kind)
+                self.depth = max(self.depth, depth)
+            node, score = below, self.scores[below - 1]
+
+    def keep(self, nodes: int) -> None:
+        """Propose the best ``nodes`` alone; of equal scores the first, so that a kept node's parent is kept."""
+        for place in sorted(range(len(self.scores)), key=self.scores.__getitem__, reverse=True)[nodes:]:
+            self.scores[place] = -math.inf
+
+
+class Candidates(NamedTuple):
+    """A batch's guesses. ``pool``: those to propose, on the host, None where there are none; ``depth``: of the deepest, else 0."""
+
+    drafts: list[Draft]
+    pool: Pool | None
+    depth: int
+
+    def worthwhile(self, level_price: float, node_price: float) -> "Candidates":
+        """Without the pool where its nodes bring less than their price and ``level_price`` together, in expected tokens."""
+        if self.pool is None:
+            return self
+        gains = self.pool.scores.exp().sort(dim=1, descending=True).values.sum(0) - node_price
+        return self if float(gains.clamp(min=0).sum()) >= level_price else Candidates(self.drafts, None, 0)
+
+
+class Ngrams:
+    """Looks up the drafts of a batch, and learns what they are worth."""
+
+    def __init__(self) -> None:
+        self.rates = Rates()
+
+    def find(self, requests: Sequence["Request"], nodes: int) -> Candidates:
+        """Guesses for trees of ``nodes`` nodes, root included."""
+        drafts = [self._draft(request, min(nodes - 1, request.max_draft_nodes)) for request in requests]
+        width = max(len(draft.tokens) for draft in drafts)
+        if width == 0:
+            return Candidates(drafts, None, 0)
+        scores = torch.tensor([draft.scores + [-math.inf] * (width - len(draft.scores)) for draft in drafts])
+        tokens = torch.tensor([draft.tokens + [-1] * (width - len(draft.tokens)) for draft in drafts])
+        parents = torch.tensor([draft.parents + [0] * (width - len(draft.parents)) for draft in drafts])
+        return Candidates(drafts, Pool(scores, tokens, parents), max(draft.depth for draft in drafts))
+
+    def _draft(self, request: "Request", limit: int) -> Draft:
+        draft, ids = Draft(), request.token_ids
+        if limit > 0:
+            for length, place in request.ngrams.matches(ids)[:FOLLOWED]:
+                path = ids[place : place + limit]
+                while len(path) < limit:  # the match overlaps what follows it: the text repeats itself
+                    path += path[: limit - len(path)]
+                draft.follow(path, length, request.warmth, self.rates)
+            draft.keep(limit)
+        return draft
+
+    def learn(self, candidates: Candidates, committed: Sequence[Sequence[int]]) -> None:
+        """Compare the guesses with the tokens that each request got."""
+        for draft, tokens in zip(candidates.drafts, committed, strict=True):
+            node = 0
+            for token in tokens:
+                for guess, below in draft.children[node].items():
+                    self.rates.observe(draft.kinds[below - 1], guess == token)
+                if token not in draft.children[node]:
+                    break
+                node = draft.children[node][token]
+
+
+class FullDrafts(Ngrams):
+    """Stands in while step costs are measured: guesses as many as a tree holds, whatever the text."""
+
+    def _draft(self, request: "Request", limit: int) -> Draft:
+        draft = Draft()
+        for node in range(limit):
+            draft.add(node, 0, 0.0, (0, LONGEST, 0))
+        draft.depth = limit
+        return draft

@@ -1,0 +1,59 @@
+"""Nodes that were drafted, by whatever means, and of which the best become the trees of a step."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.best_nodes import best_nodes
+from kernels.tree_mask import tree_mask
+from server.engine.types import Tree
+
+
+class Pool(NamedTuple):
+    """M drafted nodes per request, in the form of ``best_nodes``: parents come first, siblings differ, no child scores above its parent."""
+
+    scores: Tensor  # float32 [B, M], log-probability that the path survives; -inf: a node that cannot be
+    tokens: Tensor  # int64 [B, M]
+    parents: Tensor  # int64 [B, M], the parent's place in the pool, counted from 1 on; 0: the root
+
+    def to(self, device: torch.device) -> "Pool":
+        return Pool(*(part.to(device) for part in self))
+
+
+def merge(pool: Pool, others: Pool, levels: int) -> Pool:
+    """One pool of both. A path that both have is one node, with the larger score; ``levels``: how deep the shallower of them is."""
+    drafted = pool.scores.shape[1]
+    own = torch.arange(drafted + 1, drafted + 1 + others.scores.shape[1], device=pool.scores.device).expand_as(others.tokens)
+    root = torch.zeros_like(own[:, :1])
+    places = own  # of the others' nodes in the joined pool
+    parents = torch.cat((root, places), dim=1).gather(1, others.parents)
+    for _ in range(levels):  # nodes are the same when their parents are, and their tokens
+        same = (pool.parents[:, None] == parents[:, :, None]) & (pool.tokens[:, None] == others.tokens[:, :, None])
+        places = torch.where(same.any(2), same.int().argmax(2) + 1, own)
+        parents = torch.cat((root, places), dim=1).gather(1, others.parents)
+    scores = torch.cat((pool.scores, torch.full_like(others.scores, float("-inf"))), dim=1)
+    scores = scores.scatter_reduce(1, places - 1, others.scores, "amax")
+    return Pool(scores, torch.cat((pool.tokens, others.tokens), dim=1), torch.cat((pool.parents, parents), dim=1))
+
+
+def limited(scores: Tensor, limits: Tensor | None) -> Tensor:
+    """Scores float32 [B, M] without all but the best ``limits`` of every request, int64 [B]; None: no limits."""
+    if limits is None:
+        return scores
+    rank = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return scores.masked_fill(rank >= limits[:, None], float("-inf"))
+
+
+def best_tree(roots: Tensor, pool: Pool, nodes: int, node_price: float, depth: int) -> Tree:
+    """The best nodes as trees, see ``best_nodes``; ``depth``: of the deepest node."""
+    tokens, parent = best_nodes(roots, *pool, nodes, node_price)
+    ancestors, depths = tree_mask(parent, depth)
+    return Tree(tokens, parent, depths, ancestors)
+
+
+def root_only(roots: Tensor) -> Tree:
+    """The tree of plain decoding: the last committed token alone."""
+    tokens = roots[:, None]
+    zero = torch.zeros_like(tokens)
+    return Tree(tokens, zero, zero, torch.ones_like(tokens))
