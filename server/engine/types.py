@@ -16,6 +16,7 @@ class SamplingParams:
     Order of application: logit_bias and min_tokens, penalties, temperature, top_k, top_p, min_p (as in vLLM, top_k before top_p).
     ``temperature`` below 1e-5 is greedy. ``top_k`` 0 keeps every token. ``logprobs``: number of alternatives reported for each
     generated token (0: only the chosen one), None for no report; values are of the target's raw distribution, before any option.
+    ``cache_salt``: only requests of the same salt share computed prompts.
     """
 
     max_tokens: int = 16
@@ -35,6 +36,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    cache_salt: str | None = None
 
     @property
     def greedy(self) -> bool:
@@ -82,6 +84,7 @@ class RequestOutput:
     text that token i completed; joined over all outputs of a request it is the request's whole text before a stop string is cut.
     ``prompt_logprobs`` comes once, with the first output, its first entry None. ``stop_reason``: the stop string or stop token id
     that ended the request, None for the end-of-sequence token. ``error``: what to tell the client when ``finish_reason`` is "error".
+    ``num_cached_tokens``: prompt tokens that were not computed, since other requests had computed them.
     """
 
     request_id: str
@@ -93,6 +96,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    num_cached_tokens: int = 0
     speculation: SpeculationStats | None = None  # with the last output
 
 
@@ -112,11 +116,14 @@ class StepStats:
 
     ``drafts``: one (draft nodes, accepted nodes) pair per request that verified a tree. ``draft_levels`` and ``tree_nodes``: of
     every request's tree, 0 and 1 where the step decoded plainly. ``emitted``: tokens that each decoding request gained in this step.
+    ``prefix_cache_queries`` and ``prefix_cache_hits``: prompt tokens looked up, and found, when requests began to run.
     """
 
     seconds: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     drafts: list[tuple[int, int]] = field(default_factory=list)
     draft_levels: int = 0
     tree_nodes: int = 1

@@ -84,6 +84,9 @@ class CompletionRequest(BaseModel):
     suffix: str | None = Field(None, description="Not supported.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=1024, description="Only requests of the same salt share computed prompts."
+    )
     user: str | None = Field(None, description="Ignored.")
 
     @model_validator(mode="before")
@@ -112,13 +115,21 @@ class CompletionRequest(BaseModel):
             ignore_eos=self.ignore_eos,
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
+            cache_salt=self.cache_salt,
         )
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
+    """``prompt_tokens`` counts every prompt once, however many choices it has; ``cached_tokens`` those that its first choice reused."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Logprobs(BaseModel):
