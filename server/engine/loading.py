@@ -9,6 +9,7 @@ from drafts.checkpoint import DraftError, load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
 from server.engine.config import EngineConfig, EngineError
 from server.engine.cpu_layout import store_transposed
+from server.engine.lean import make_lean
 from server.engine.target import Target, refuse_unsupported, self_check
 
 logger = logging.getLogger(__name__)
@@ -49,8 +50,8 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
         ).to(device)
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(f"cannot load the weights of {config.model!r}: {str(error).splitlines()[0]}") from error
-    if device.type == "cpu":
-        store_transposed(model)
+    store_transposed(model)
+    make_lean(model)
     target = Target(model, taps=config.draft is not None)
     self_check(target, config.block_size)
     if config.draft is None:
@@ -63,6 +64,5 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
         )
     except DraftError as error:
         raise EngineError(str(error)) from error
-    if device.type == "cpu":
-        store_transposed(head)
+    store_transposed(head)
     return target, head, tokenizer

@@ -149,6 +149,7 @@ def test_acceptance_counts_what_is_drawn() -> None:
 def test_nothing_verified_is_drawn_too(tmp_path: Path) -> None:
     empty = acceptance([Completion(0)]) | {"temperature": 0.0}
     assert len(plots.save(tmp_path, lambda: plots.run_figures([empty], HISTORY[:1]))) == 3
+    assert "acceptance_over_time" not in plots.run_figures(EVALUATIONS, [])
 
 
 def comparison() -> dict[str, Any]:

@@ -305,6 +305,17 @@ def numeric(sharded: bool = False) -> dict[str, Any]:
     return {"results": [tuple(result) for result in results], "head": worker.head.state_dict(), "target_weights": held}
 
 
+def test_a_head_that_was_trained_before_learns_slower(teacher: Teacher) -> None:
+    fresh, warm = (Trainer(tiny_head(teacher), teacher, make_rows(12), settings(warm=given)) for given in (False, True))
+    before = fresh.head.qkv_proj.weight.detach().clone()
+    torch.testing.assert_close(before, warm.head.qkv_proj.weight.detach())
+    moved = []
+    for worker in (fresh, warm):
+        worker.step(0.5)
+        moved.append((worker.head.qkv_proj.weight - before).norm().item())
+    assert moved[1] == pytest.approx(trainer.WARM_RATE * moved[0], rel=1e-3)
+
+
 def write(path: Path, *records: dict[str, Any]) -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path

@@ -204,8 +204,8 @@ def new_trainer(args: argparse.Namespace, arm: str, seed: int, teacher: Teacher,
     torch.manual_seed(seed)
     head = initial_head(args.target, args.init, objective, teacher, list(rows[:8]), conditioned)
     settings = TrainSettings(
-        objective, minutes=args.minutes, depth=args.depth, batch_tokens=batch_tokens(device), seed=seed, anchors=anchors,
-        vsd=VsdSettings(**options),
+        objective, minutes=args.minutes, depth=args.depth, batch_tokens=batch_tokens(device), warm=args.init is not None, seed=seed,
+        anchors=anchors, vsd=VsdSettings(**options),
     )  # fmt: skip
     return Trainer(head, teacher, rows, settings)
 

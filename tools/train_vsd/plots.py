@@ -48,10 +48,10 @@ def save(folder: Path, draw: Callable[[], Mapping[str, "Figure"]]) -> list[Path]
 
 
 def run_figures(evaluations: Sequence[Mapping[str, Any]], history: Sequence[Mapping[str, float]]) -> dict[str, "Figure"]:
-    """Of a training run, from ``evaluate``'s figures, one per temperature, and ``Run.history``."""
+    """Of a training run, from ``evaluate``'s figures, one per temperature, and ``Run.history``, which may be empty."""
     by_temperature = {f"T = {e['temperature']:g}": e for e in evaluations}
-    return {
-        "acceptance_over_time": acceptance_over_time(history),
+    over_time = {"acceptance_over_time": acceptance_over_time(history)} if history else {}
+    return over_time | {
         "acceptance_by_depth": acceptance_by_depth({name: e["acceptance_by_depth"] for name, e in by_temperature.items()}),
         "accepted_lengths": accepted_lengths({"": {name: e["acceptance_histogram"] for name, e in by_temperature.items()}}),
     }

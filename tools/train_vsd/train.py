@@ -102,7 +102,7 @@ def settings_from(args: argparse.Namespace, device: torch.device) -> TrainSettin
         )
     return TrainSettings(
         args.objective, args.steps, args.minutes, args.depth, batch_tokens=batch_tokens(device), accumulate=args.accumulate,
-        seed=args.seed, anchors=args.anchors, vsd=VsdSettings(paths=args.paths, law=args.law),
+        warm=args.init is not None, seed=args.seed, anchors=args.anchors, vsd=VsdSettings(paths=args.paths, law=args.law),
     )  # fmt: skip
 
 

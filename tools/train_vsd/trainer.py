@@ -17,6 +17,7 @@ from tools.train_vsd.m_step import OBJECTIVES, Objective, VsdSettings, overlap
 from tools.train_vsd.teacher import Teacher
 
 MUON_RATE = 0.02
+WARM_RATE = 0.3  # of the rates, for heads that were trained before: at the full ones they lose first
 CHUNK = 64  # paths whose logits are made at a time: they stay in the processor's cache and never exist all at once
 
 
@@ -27,6 +28,7 @@ class TrainSettings:
     0: the E-step takes the target's text.
 
     ``learning_rate``, of all but the layer's matrices: None scales with the width, 1e-3 at a hidden size of 256, 6e-5 at 4096.
+    ``warm``: the head was trained before, all rates are WARM_RATE times theirs.
     """
 
     objective: str = "vsd"
@@ -36,6 +38,7 @@ class TrainSettings:
     batch_tokens: int = 2048
     accumulate: int = 1
     learning_rate: float | None = None
+    warm: bool = False
     seed: int = 0
     anchors: int = 0
     vsd: VsdSettings = field(default_factory=VsdSettings)
@@ -72,7 +75,8 @@ class Trainer:
         size = teacher.feature_rms(collate(rows[:8]).to(self.device)).mean().item()
         self._new_optimisers = lambda: optimisers(head, base_rate, size)
         self.optimisers = self._new_optimisers()
-        self.base_rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in self.optimisers]
+        scale = WARM_RATE if settings.warm else 1.0
+        self.base_rates = [[scale * group["lr"] for group in optimiser.param_groups] for optimiser in self.optimisers]
         self.steps = 0
         self.sampler = None
         if settings.anchors:
