@@ -36,6 +36,8 @@ class Metrics:
             self._step_seconds.observe(stats.seconds)
         self._prompt_tokens.inc(stats.prompt_tokens)
         self._generation_tokens.inc(stats.generation_tokens)
+        self._prefix_queries.inc(stats.prefix_cache_queries)
+        self._prefix_hits.inc(stats.prefix_cache_hits)
         if stats.generation_tokens:
             self._recent.append((self._clock(), stats.generation_tokens))
             self._forget_old()
@@ -98,6 +100,8 @@ class Metrics:
         self._accepted_tokens = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens accepted.")
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache, and not computed.")
         self._accepted_per_position = Counter(
             "vsd_spec_decode_num_accepted_tokens_per_pos",
             "Verifications that accepted a token at this depth of the tree, the first level being 0.",

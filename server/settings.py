@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     kv_cache_memory: ByteSize | None = Field(
         None, gt=0, description="bytes for the KV cache (units such as 2GiB allowed); chosen by default"
     )
+    prefix_caching: CliImplicitFlag[bool] = Field(
+        DEFAULTS.prefix_caching, description="keep computed blocks, so that prompts that begin alike are computed once"
+    )
     api_key: SecretStr | None = Field(None, min_length=1, description="key that clients must send; no check without it")
     served_model_name: str | None = Field(None, min_length=1, description="model name in the API; directory name or hub id by default")
     seed: int = Field(DEFAULTS.seed, description="seed of requests that bring none")
@@ -147,6 +150,7 @@ class Settings(BaseSettings):
             draft_temperature=None if self.draft_temperature == "auto" else self.draft_temperature,
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,
+            prefix_caching=self.prefix_caching,
             seed=self.seed,
         )
 

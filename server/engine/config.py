@@ -39,5 +39,6 @@ class EngineConfig:
     load_rule: bool = True
     block_size: int = 16
     kv_cache_memory: int | None = None
+    prefix_caching: bool = True
     seed: int = 0
     trust_remote_code: bool = False

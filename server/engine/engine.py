@@ -18,6 +18,7 @@ from server.engine.drafter import Drafter, TreeShape
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import load
 from server.engine.ngram import FullDrafts, Ngrams
+from server.engine.prefix_cache import PrefixCache
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler
 from server.engine.steps import Steps
@@ -49,7 +50,8 @@ class Engine:
             bytes_per_token, config.block_size, config.max_num_seqs * max_slots, config.kv_cache_memory, target.device
         )
         self.pool = BlockPool(blocks, config.block_size, config.max_num_seqs, max_slots, target.device)
-        self.scheduler = Scheduler(self.pool, self.shape.lookahead)
+        self.prefix_cache = PrefixCache(self.pool, enabled=False)  # what measuring computes is of no use to anyone
+        self.scheduler = Scheduler(self.pool, self.prefix_cache, self.shape.lookahead)
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
         self.steps = Steps(target, drafter, self.pool, target.new_cache(blocks, config.block_size), _sigma(head, config.draft_temperature))
         self._eos_token_ids = _eos_token_ids(target, tokenizer)
@@ -62,6 +64,7 @@ class Engine:
             self.steps.ngrams = Ngrams()
         if head and config.load_rule and self.steps.sigma is DEFAULT_SIGMA:
             self.steps.learned = LearnedSigma(DEFAULT_SIGMA)
+        self.prefix_cache.enabled = config.prefix_caching
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> "Engine":
@@ -122,7 +125,7 @@ class Engine:
     def step(self) -> tuple[list[RequestOutput], StepStats]:
         """Compute the next prompt chunks, then draft, verify and commit for every decoding request."""
         stats, start = StepStats(), time.monotonic()
-        self.scheduler.admit(start)
+        self.scheduler.admit(start, stats)
         prefilling, width = self.scheduler.next_prefill()
         outputs = self._guarded(lambda requests, stats: self.steps.prefill(requests, width, stats), prefilling, stats)
         decoding = self.scheduler.decoding()
@@ -151,13 +154,26 @@ class Engine:
                 return [output for request in requests for output in self._guarded(work, [request], stats)]
             outputs = [RequestOutput(requests[0].request_id, finish_reason="error", error="the engine failed on this request")]
         for output in outputs:
+            request = self._requests[output.request_id]
+            if output.finish_reason != "error":
+                self._offer(request, output)
             if output.finish_reason:
                 self._finish(self._requests.pop(output.request_id), output, stats)
         return outputs
 
+    def _offer(self, request: Request, output: RequestOutput) -> None:
+        """Let later requests take over the blocks that are full, in the draft's cache too: a request's last rows would stay pending."""
+        rows = request.context_len
+        if self.steps.drafter:
+            if self.prefix_cache.enabled and output.finish_reason:
+                self.steps.complete_draft_blocks(request)
+            rows = request.draft_len
+        self.prefix_cache.offer(request, rows)
+
     def _finish(self, request: Request, output: RequestOutput, stats: StepStats) -> None:
         assert output.finish_reason is not None
         if output.finish_reason == "error":
+            self.pool.forget(request.row)
             self._clear(request)
         output.speculation = request.speculation
         self.scheduler.remove(request)
@@ -165,7 +181,7 @@ class Engine:
 
     def _clear(self, request: Request) -> None:
         """Zero what a request wrote that failed or was never checked: masked columns still spread a NaN."""
-        blocks = [PADDING_BLOCK, *self.pool.blocks(request.row)]
+        blocks = [PADDING_BLOCK, *self.pool.unnamed(request.row)]
         self.steps.cache.clear(blocks)
         if self.steps.drafter:
             self.steps.drafter.cache.clear(blocks)

@@ -1,5 +1,7 @@
 """The paged KV pool: blocks, block tables, and the tensors of target and draft."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,41 +37,90 @@ class PagedTensors:
 
 
 class BlockPool:
-    """Which request owns which blocks. One row of ``tables`` per running request; target and draft share the tables."""
+    """Which requests own which blocks, and what the blocks hold.
+
+    One row of ``tables`` per running request; target and draft share the tables. A block with a key is full and never written again:
+    several rows may own it. Without an owner it is kept until a block is needed, the one that was released first going first.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, max_seqs: int, max_slots: int, device: torch.device) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.tables = torch.full((max_seqs, -(-max_slots // block_size)), PADDING_BLOCK, dtype=torch.long, device=device)
-        self._free_blocks = list(range(num_blocks - 1, PADDING_BLOCK, -1))
         self._free_rows = list(range(max_seqs - 1, -1, -1))
         self._owned: dict[int, list[int]] = {}
+        self._owners = [0] * num_blocks
+        self._free_blocks = list(range(num_blocks - 1, PADDING_BLOCK, -1))  # without a key
+        self._kept: dict[int, None] = {}  # with a key and without an owner, in the order of their release
+        self._keys: dict[int, bytes] = {}
+        self._by_key: dict[bytes, int] = {}
 
     @property
     def usage(self) -> float:
-        """Share of the blocks in use, 0..1."""
-        return 1 - len(self._free_blocks) / (self.num_blocks - 1)
+        """Share of the blocks that requests own, 0..1."""
+        return 1 - self._available / (self.num_blocks - 1)
 
     @property
     def capacity(self) -> int:
         """Slots that a single request could get."""
         return min(self.num_blocks - 1, self.tables.shape[1]) * self.block_size
 
-    def allocate(self, slots: int) -> int | None:
-        """Reserve ``slots`` logical slots; return the row of ``tables``, or None when rows or blocks are short now."""
-        count = -(-slots // self.block_size)
-        if not self._free_rows or count > len(self._free_blocks):
+    @property
+    def _available(self) -> int:
+        return len(self._free_blocks) + len(self._kept)
+
+    def find(self, key: bytes) -> int | None:
+        """The block that holds what ``key`` stands for."""
+        return self._by_key.get(key)
+
+    def allocate(self, slots: int, prefix: Sequence[int] = ()) -> int | None:
+        """Reserve ``slots`` logical slots that begin with the blocks ``prefix``, found a moment ago.
+
+        Returns the row of ``tables``, or None when rows or blocks are short now.
+        """
+        fresh = -(-slots // self.block_size) - len(prefix)
+        if not self._free_rows or fresh > self._available - sum(block in self._kept for block in prefix):
             return None
+        for block in prefix:
+            self._kept.pop(block, None)
         row = self._free_rows.pop()
-        self._owned[row] = [self._free_blocks.pop() for _ in range(count)]
+        owned = self._owned[row] = [*prefix, *(self._take() for _ in range(fresh))]
+        for block in owned:
+            self._owners[block] += 1
         self.tables[row] = PADDING_BLOCK
-        self.tables[row, :count] = torch.tensor(self._owned[row], device=self.tables.device)
+        self.tables[row, : len(owned)] = torch.tensor(owned, device=self.tables.device)
         return row
 
-    def blocks(self, row: int) -> list[int]:
-        return self._owned[row]
+    def _take(self) -> int:
+        if self._free_blocks:
+            return self._free_blocks.pop()
+        block = next(iter(self._kept))
+        del self._kept[block], self._by_key[self._keys.pop(block)]
+        return block
+
+    def set_key(self, row: int, index: int, key: bytes) -> None:
+        """Say what a row's block number ``index`` holds. A key that another block has already is not given twice."""
+        block = self._owned[row][index]
+        if key not in self._by_key and block not in self._keys:
+            self._keys[block], self._by_key[key] = key, block
+
+    def forget(self, row: int) -> None:
+        """Take the keys of all blocks that this row alone owns."""
+        for block in self._owned[row]:
+            if self._owners[block] == 1 and block in self._keys:
+                del self._by_key[self._keys.pop(block)]
+
+    def unnamed(self, row: int) -> list[int]:
+        """The row's blocks without a key."""
+        return [block for block in self._owned[row] if block not in self._keys]
 
     def release(self, row: int) -> None:
-        self._free_blocks += self._owned.pop(row)
+        """The row's end is the first to be kept no longer: what comes before it serves more requests."""
+        for block in reversed(self._owned.pop(row)):
+            self._owners[block] -= 1
+            if self._owners[block] == 0 and block in self._keys:
+                self._kept[block] = None
+            elif self._owners[block] == 0:
+                self._free_blocks.append(block)
         self._free_rows.append(row)
 
 

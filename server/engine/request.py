@@ -17,6 +17,7 @@ from server.engine.types import FinishReason, RequestOutput, RequestTimes, Sampl
 class Request:
     """``token_ids`` holds prompt and output. K and V of the first ``context_len`` tokens are in the target's cache, of the first
     ``draft_len`` in the draft's (row i of the draft needs token i + 1); ``pending`` holds the target features of the rows between.
+    ``block_keys``: see ``extend_keys``; the first ``num_offered`` blocks were taken over from other requests, or offered to them.
     """
 
     request_id: str
@@ -33,6 +34,9 @@ class Request:
     context_len: int = 0
     draft_len: int = 0
     pending: list[Tensor] = field(default_factory=list)  # [n, 3 * H] each
+    block_keys: list[bytes] = field(default_factory=list)
+    num_offered: int = 0
+    num_cached_tokens: int = 0  # of the prompt, taken over from other requests
     output_counts: Tensor | None = None  # int32 [V], only with penalties
     prompt_tokens: Tensor | None = None  # bool [V]
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
@@ -90,9 +94,15 @@ class Request:
         """Tokens that would end the request and may not be drawn before ``min_tokens``."""
         return self.eos_token_ids | set(self.params.stop_token_ids)
 
+    def start(self, row: int, blocks: int, block_size: int, now: float) -> None:
+        """Begin to run in ``row``, whose first ``blocks`` blocks hold the beginning of the prompt."""
+        self.row, self.scheduled, self.num_offered = row, now, blocks
+        self.num_cached_tokens = self.context_len = self.draft_len = blocks * block_size
+
     def commit(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> RequestOutput:
         """Append the committed ``tokens`` up to where the request ends; return what may be shown."""
-        output = RequestOutput(self.request_id, logprobs=None if self.params.logprobs is None else [])
+        output = RequestOutput(self.request_id, num_cached_tokens=self.num_cached_tokens)
+        output.logprobs = None if self.params.logprobs is None else []
         if self.params.max_tokens == 0:  # only the prompt's log-probabilities were wanted
             tokens, output.finish_reason = [], "length"
         for i, token in enumerate(tokens):

@@ -3,7 +3,9 @@
 from collections import deque
 
 from server.engine.kv_cache import BlockPool
+from server.engine.prefix_cache import PrefixCache
 from server.engine.request import Request
+from server.engine.types import StepStats
 
 PREFILL_ROWS = 512  # prompt tokens of one forward pass, padding included
 
@@ -11,8 +13,8 @@ PREFILL_ROWS = 512  # prompt tokens of one forward pass, padding included
 class Scheduler:
     """Requests wait until the pool holds all that they can ever need, so a running request never runs out of blocks."""
 
-    def __init__(self, pool: BlockPool, lookahead: int) -> None:
-        self.pool, self.lookahead = pool, lookahead
+    def __init__(self, pool: BlockPool, prefix_cache: PrefixCache, lookahead: int) -> None:
+        self.pool, self.prefix_cache, self.lookahead = pool, prefix_cache, lookahead
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -20,15 +22,19 @@ class Scheduler:
         """Slots that a request can need: its tokens and the tree nodes beyond them."""
         return request.max_len + self.lookahead
 
-    def admit(self, now: float) -> None:
+    def admit(self, now: float, stats: StepStats) -> None:
         """Move requests from waiting to running, in order, as far as the pool allows."""
         while self.waiting:
-            row = self.pool.allocate(self.slots(self.waiting[0]))
+            request = self.waiting[0]
+            prefix = self.prefix_cache.find(request)
+            row = self.pool.allocate(self.slots(request), prefix)
             if row is None:
                 return
-            request = self.waiting.popleft()
-            request.row, request.scheduled = row, now
-            self.running.append(request)
+            self.running.append(self.waiting.popleft())
+            request.start(row, len(prefix), self.pool.block_size, now)
+            if self.prefix_cache.enabled and request.params.prompt_logprobs is None:
+                stats.prefix_cache_queries += request.prompt_len
+                stats.prefix_cache_hits += request.num_cached_tokens
 
     def next_prefill(self) -> tuple[list[Request], int]:
         """Requests whose next prompt chunk is computed now, and the chunk's width: at most PREFILL_ROWS rows, padding included."""

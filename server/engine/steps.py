@@ -118,7 +118,8 @@ class Steps:
     def _extend_draft(self, requests: list[Request]) -> None:
         if self.drafter is None:
             return
-        features = [request.pending[0] if len(request.pending) == 1 else torch.cat(request.pending) for request in requests]
+        # A request that ended may have fewer tokens than were accepted.
+        features = [torch.cat(request.pending)[: request.num_pending] for request in requests]
         following = [r.token_ids[r.draft_len + 1 : r.draft_len + 1 + len(f)] for r, f in zip(requests, features, strict=True)]
         tokens, layout = self._chunk([request.row for request in requests], [request.draft_len for request in requests], following)
         counts = torch.tensor(list(map(len, features)), device=self.device)
@@ -128,6 +129,14 @@ class Steps:
         for request, rows in zip(requests, features, strict=True):
             request.draft_len += len(rows)
             request.pending.clear()
+
+    def complete_draft_blocks(self, request: Request) -> None:
+        """Before a request leaves: bring its draft cache up to date if that fills a block."""
+        if request.context_len // self.pool.block_size > request.draft_len // self.pool.block_size:
+            try:
+                self.sync_draft([request])
+            except Exception:
+                logger.exception("the draft cache of %s was not completed", request.request_id)
 
     def bound_pending(self, requests: list[Request]) -> None:
         """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""

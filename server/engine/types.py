@@ -18,6 +18,7 @@ class SamplingParams:
     generated token (0: only the chosen one), None for no report; values are of the target's raw distribution, before any option.
     ``max_draft_nodes``: most live nodes of the request's trees, the root not counted; 0 decodes plainly, None sets no limit of its own.
     It changes the speed, never the text.
+    ``cache_salt``: only requests of the same salt share computed prompts.
     """
 
     max_tokens: int = 16
@@ -38,6 +39,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     max_draft_nodes: int | None = None
+    cache_salt: str | None = None
 
     @property
     def greedy(self) -> bool:
@@ -85,6 +87,7 @@ class RequestOutput:
     text that token i completed; joined over all outputs of a request it is the request's whole text before a stop string is cut.
     ``prompt_logprobs`` comes once, with the first output, its first entry None. ``stop_reason``: the stop string or stop token id
     that ended the request, None for the end-of-sequence token. ``error``: what to tell the client when ``finish_reason`` is "error".
+    ``num_cached_tokens``: prompt tokens that were not computed, since other requests had computed them.
     """
 
     request_id: str
@@ -96,6 +99,7 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    num_cached_tokens: int = 0
     speculation: SpeculationStats | None = None  # with the last output
 
 
@@ -115,11 +119,14 @@ class StepStats:
 
     ``drafts``: one (draft nodes, accepted nodes) pair per request that verified a tree. ``draft_levels`` and ``tree_nodes``: of
     every request's tree, 0 and 1 where the step decoded plainly. ``emitted``: tokens that each decoding request gained in this step.
+    ``prefix_cache_queries`` and ``prefix_cache_hits``: prompt tokens looked up, and found, when requests began to run.
     """
 
     seconds: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     drafts: list[tuple[int, int]] = field(default_factory=list)
     draft_levels: int = 0
     tree_nodes: int = 1

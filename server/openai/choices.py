@@ -17,7 +17,7 @@ class ChoiceBuilder:
     def __init__(
         self, index: int, prompt: Prompt, request: CompletionRequest, tokenizer: Tokenizer, token_text: Callable[[int], str]
     ) -> None:
-        self.completion_tokens = 0
+        self.completion_tokens = self.cached_tokens = 0
         self._index, self._token_text = index, token_text
         self._logprobs, self._echo_only = request.logprobs is not None, request.echo and request.max_tokens == 0
         self._offset = 0
@@ -30,6 +30,7 @@ class ChoiceBuilder:
         last = outputs[-1]
         if last.finish_reason in ("error", "abort"):
             raise APIError(500, last.error) if last.error else internal_error()
+        self.cached_tokens = last.num_cached_tokens
         text, self._pending = self._pending, ""
         logprobs = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[]) if self._logprobs else None
         for output in outputs:

@@ -15,6 +15,7 @@ from server.openai.protocol import (
     MAX_CHOICES,
     Completion,
     CompletionRequest,
+    PromptTokensDetails,
     RequestMetrics,
     SpeculationMetrics,
     Usage,
@@ -111,7 +112,12 @@ class Reply:
 
     def _usage(self) -> Usage:
         generated = sum(builder.completion_tokens for builder in self._builders)
-        return Usage(prompt_tokens=self._prompt_tokens, completion_tokens=generated, total_tokens=self._prompt_tokens + generated)
+        return Usage(
+            prompt_tokens=self._prompt_tokens,
+            completion_tokens=generated,
+            total_tokens=self._prompt_tokens + generated,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(b.cached_tokens for b in self._builders[:: self._body.n])),
+        )
 
     def _metrics(self, last: RequestOutput) -> RequestMetrics:
         """``last``: the output that closed the only choice, if there is but one."""

@@ -94,6 +94,9 @@ class CompletionRequest(BaseModel):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     speculation: SpeculationOptions = SpeculationOptions()
+    cache_salt: str | None = Field(
+        None, min_length=1, max_length=1024, description="Only requests of the same salt share computed prompts."
+    )
     user: str | None = Field(None, description="Ignored.")
 
     @model_validator(mode="before")
@@ -123,13 +126,21 @@ class CompletionRequest(BaseModel):
             logprobs=self.logprobs,
             prompt_logprobs=self.logprobs if self.echo else None,
             max_draft_nodes=self.speculation.max_nodes if self.speculation.enabled else 0,
+            cache_salt=self.cache_salt,
         )
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
 class Usage(BaseModel):
+    """``prompt_tokens`` counts every prompt once, however many choices it has; ``cached_tokens`` those that its first choice reused."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class Logprobs(BaseModel):

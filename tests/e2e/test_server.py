@@ -47,7 +47,9 @@ def test_openai_client(client: openai.OpenAI) -> None:
         )
     )
     assert "".join(choice.text for part in parts for choice in part.choices) == whole.choices[0].text
-    assert parts[-1].usage == whole.usage
+    usage = parts[-1].usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
 
 
 def test_openai_client_reads_the_errors(client: openai.OpenAI) -> None:
@@ -106,7 +108,20 @@ def test_every_option_at_once(http: httpx.Client) -> None:
         # The load rule sizes trees by the clock, and sums of other shapes round otherwise.
         assert chosen["token_logprobs"] == pytest.approx(repeated["token_logprobs"], abs=1e-3)
         assert [len(top) for top in chosen["top_logprobs"]] == [len(top) for top in repeated["top_logprobs"]]
-    assert first.json()["usage"] == again.json()["usage"]
+    counts = [{name: response.json()["usage"][name] for name in ("prompt_tokens", "completion_tokens")} for response in (first, again)]
+    assert counts[0] == counts[1]
+
+
+def test_a_prompt_is_computed_once(http: httpx.Client) -> None:
+    body = {"prompt": "All that glitters " * 6, "max_tokens": 4, "temperature": 0, "cache_salt": "glitter"}
+    before, found = metric(http, "prefix_cache_queries_total"), metric(http, "prefix_cache_hits_total")
+    first, again = (http.post("/v1/completions", json=body).json() for _ in range(2))
+    assert first["choices"][0]["text"] == again["choices"][0]["text"]
+    tokens, cached = again["usage"]["prompt_tokens"], again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert first["usage"]["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert tokens - 16 <= cached < tokens
+    wait_until(lambda: metric(http, "prefix_cache_queries_total") == before + 2 * tokens)
+    assert metric(http, "prefix_cache_hits_total") == found + cached
 
 
 def test_speculation_statistics(http: httpx.Client, server_arguments: list[str]) -> None:

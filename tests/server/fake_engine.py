@@ -71,6 +71,7 @@ class FakeEngine:
         request = Request.create(request_id, prompt_token_ids, params, seed, frozenset({EOS}), tokenizer, self.vocab_size)
         request.prompt_logprobs += [self._logprob(token, params.prompt_logprobs or 0) for token in prompt_token_ids[1:]]
         request.scheduled = time.monotonic()
+        request.num_cached_tokens = len(prompt_token_ids) - 1
         self.requests[request_id] = request
 
     def abort(self, request_id: str) -> None:

@@ -20,7 +20,8 @@ async def test_shape(client: httpx.AsyncClient) -> None:
     assert answer["object"] == "text_completion"
     assert answer["model"] == "vsd-demo"
     assert answer["choices"] == [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": "length", "stop_reason": None}]
-    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6}
+    cached = {"cached_tokens": 2}  # as this engine tells: all but one
+    assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6, "prompt_tokens_details": cached}
 
 
 async def test_default_is_16_tokens(client: httpx.AsyncClient) -> None:
@@ -37,21 +38,23 @@ async def test_prompt_forms(client: httpx.AsyncClient, prompt: object, prompt_to
         "prompt_tokens": prompt_tokens,
         "completion_tokens": 2 * choices,
         "total_tokens": prompt_tokens + 2 * choices,
+        "prompt_tokens_details": {"cached_tokens": prompt_tokens - choices},
     }
     assert [choice["index"] for choice in answer["choices"]] == list(range(choices))
 
 
 async def test_choices_of_all_prompts_in_index_order_with_seeds_of_their_own(client: httpx.AsyncClient) -> None:
-    answer = await complete(client, prompt=["x", "y"], n=3, seed=2, max_tokens=2)
+    answer = await complete(client, prompt=["xx", "yyy"], n=3, seed=2, max_tokens=2)
     assert [choice["text"] for choice in answer["choices"]] == ["cd", "de", "ef"] * 2
     assert answer["metrics"] == {"speculative_decoding": None}
-    assert answer["usage"]["prompt_tokens"] == 2
+    assert answer["usage"]["prompt_tokens"] == 5
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}, "counted once for each prompt, as its tokens are"
 
 
 async def test_options_reach_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     options = {
         "min_tokens": 2, "temperature": 0.5, "top_p": 0.9, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -1.5,
-        "repetition_penalty": 1.2, "ignore_eos": True, "include_stop_str_in_output": True,
+        "repetition_penalty": 1.2, "ignore_eos": True, "include_stop_str_in_output": True, "cache_salt": "mine",
     }  # fmt: skip
     await complete(client, **options, top_k=-1, logit_bias={"7": -100}, stop="q", stop_token_ids=[9], seed=-5, logprobs=2, best_of=1)
     (params,) = engine.params

@@ -41,6 +41,13 @@ def test_speculation(metrics: Metrics) -> None:
     assert value(metrics, "spec_decode_verified_nodes_sum") == 48
 
 
+def test_prefix_cache(metrics: Metrics) -> None:
+    metrics.observe(StepStats(seconds=0.01, prefix_cache_queries=40, prefix_cache_hits=32))
+    metrics.observe(StepStats(seconds=0.01, prefix_cache_queries=9))
+    assert value(metrics, "prefix_cache_queries_total") == 49
+    assert value(metrics, "prefix_cache_hits_total") == 32
+
+
 def test_tokens_per_second_falls_to_zero(metrics: Metrics, clock: Clock) -> None:
     for _ in range(10):
         clock.now += 0.5

@@ -57,12 +57,23 @@ def test_flag_over_environment_over_file_over_default(tmp_path: Path, monkeypatc
     assert load_settings([]).tree_nodes == 3
 
 
+@pytest.mark.parametrize(("argv", "value"), [([], True), (["--prefix-caching"], True), (["--no-prefix-caching"], False)])
+def test_a_switch_is_a_flag_and_a_value_elsewhere(argv: list[str], value: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings(argv).prefix_caching is value
+    file = tmp_path / "options.yaml"
+    file.write_text("prefix-caching: false\n")
+    assert load_settings([*argv, "--config", str(file)]).prefix_caching is (value and bool(argv))
+    monkeypatch.setenv("VSD_PREFIX_CACHING", "false")
+    assert load_settings(argv).prefix_caching is (value and bool(argv))
+
+
 def test_every_option_reaches_the_engine() -> None:
     argv = "m --draft d --device cpu --dtype bfloat16 --max-model-len 99 --max-num-seqs 3 --tree-nodes 8 --tree-depth 3 --tree-topk 2"
-    argv += " --draft-temperature 0.5 --block-size 32 --kv-cache-memory 1MiB --seed -1 --threads 3 --no-ngrams"
+    argv += " --draft-temperature 0.5 --block-size 32 --kv-cache-memory 1MiB --no-prefix-caching --seed -1 --threads 3 --no-ngrams"
     assert load_settings(argv.split()).engine_config() == EngineConfig(
         "m", "d", "cpu", "bfloat16", threads=3, max_model_len=99, max_num_seqs=3, tree_nodes=8, tree_depth=3, tree_topk=2,
-        draft_temperature=0.5, ngrams=False, block_size=32, kv_cache_memory=2**20, seed=-1,
+        draft_temperature=0.5, ngrams=False, block_size=32, kv_cache_memory=2**20,
+        prefix_caching=False, seed=-1,
     )  # fmt: skip
 
 

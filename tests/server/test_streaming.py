@@ -51,7 +51,8 @@ async def test_usage_in_the_closing_event(client: httpx.AsyncClient) -> None:
     *parts, last = await events(client, max_tokens=5, stream_options={"include_usage": True})
     assert all(part["usage"] is None and "metrics" not in part for part in parts)
     assert last["choices"] == []
-    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+    cached = {"cached_tokens": 2}
+    assert last["usage"] == {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8, "prompt_tokens_details": cached}
     assert last["metrics"]["speculative_decoding"]["num_spec_steps"] == 3
 
 
