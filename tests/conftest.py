@@ -12,7 +12,8 @@ except ModuleNotFoundError:  # the tests for a GPU do without
     settings = None
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))))
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
 if settings is not None:
     settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60, database=None)
     settings.load_profile("repeatable")

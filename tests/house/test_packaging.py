@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = ("server", "kernels", "drafts", "tools")
 # Development tools that are run, not imported.
-RUN = {"check-jsonschema", "mypy", "pytest-timeout", "ruff", "setuptools", "types-pyyaml"}
+RUN = {"check-jsonschema", "mypy", "pytest-timeout", "pytest-xdist", "ruff", "setuptools", "types-pyyaml"}
 
 # What tools/bench measures this project against, each in an environment of its own.
 PEERS = {"ctranslate2", "gguf", "llama-cpp", "vllm"}
