@@ -1,4 +1,5 @@
-"""Settings that all tests share: two CPU threads, one where processes share the work, the demo pair, and property tests that draw the same examples in every run."""
+"""Settings that all tests share: two CPU threads, one where processes share the work, the demo pair, and property tests that draw the
+same examples in every run."""
 
 import os
 from pathlib import Path
