@@ -120,7 +120,9 @@ def test_card_without_matplotlib_has_no_pictures(
     assert "![" not in text
     assert "3.24 to 3.70" in text
     assert not (tmp_path / "report").exists()
-    assert capsys.readouterr().out.splitlines() == ["No pictures: matplotlib is not installed (the extra vsd-serve[train] has it)."]
+    assert capsys.readouterr().out.splitlines() == [
+        "No pictures: matplotlib is not installed (the extras vsd-serve[train] and vsd-serve[bench] have it)."
+    ]
 
 
 def test_a_run_is_drawn_by_temperature() -> None:
