@@ -25,8 +25,9 @@ class Engine:
         from server.engine.target import Target
 
         config = EngineConfig(
-            settings.model, settings.draft, settings.device, settings.dtype, settings.max_length, max_num_seqs=settings.concurrency
-        )
+            settings.model, settings.draft, settings.device, settings.dtype, threads=settings.threads, max_model_len=settings.max_length,
+            max_num_seqs=settings.concurrency,
+        )  # fmt: skip
         self.version = importlib.metadata.version("vsd-serve")
         target, head, tokenizer = load(config)
         self.engines = {
