@@ -26,7 +26,7 @@ class Engine:
 
         config = EngineConfig(
             settings.model, settings.draft, settings.device, settings.dtype, threads=settings.threads, max_model_len=settings.max_length,
-            max_num_seqs=settings.concurrency,
+            max_num_seqs=settings.concurrency, prefix_caching=False,  # rounds repeat the prompts
         )  # fmt: skip
         self.version = importlib.metadata.version("vsd-serve")
         target, head, tokenizer = load(config)
@@ -151,7 +151,7 @@ class Vllm:
         self.llm = vllm.LLM(
             model=settings.model,
             dtype=settings.dtype,
-            max_num_seqs=settings.concurrency,
+            max_num_seqs=settings.concurrency, prefix_caching=False,  # rounds repeat the prompts
             max_model_len=settings.max_length,
             kv_cache_memory_bytes=kv_cache_bytes(settings),
             enable_prefix_caching=False,  # the same prompts come every round
