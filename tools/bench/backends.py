@@ -151,7 +151,7 @@ class Vllm:
         self.llm = vllm.LLM(
             model=settings.model,
             dtype=settings.dtype,
-            max_num_seqs=settings.concurrency, prefix_caching=False,  # rounds repeat the prompts
+            max_num_seqs=settings.concurrency,
             max_model_len=settings.max_length,
             kv_cache_memory_bytes=kv_cache_bytes(settings),
             enable_prefix_caching=False,  # the same prompts come every round
