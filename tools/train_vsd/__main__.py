@@ -113,6 +113,7 @@ def _add_measuring(commands: Any, shared: argparse.ArgumentParser) -> None:
     measure.add_argument("--tree-depth", type=int, default=defaults.tree_depth)
     measure.add_argument("--tree-topk", type=int, default=defaults.tree_topk)
     measure.add_argument("--draft-temperature", default="auto", help="auto: as calibrated for the head; or a number")
+    measure.add_argument("--ngrams", action="store_true", help="draft from the requests' own text beside the head, as the server does")
     measure.add_argument("--seed", type=int, default=0)
     measure.add_argument("--concurrency", type=int, default=CONCURRENCY, help="requests that run at once")
     measure.add_argument("--json", type=Path, help="write the figures here")
@@ -151,7 +152,7 @@ def _add_compare(commands: Any, shared: argparse.ArgumentParser) -> argparse.Arg
 def run_evaluate(args: argparse.Namespace) -> None:
     sigma = None if args.draft_temperature == "auto" else float(args.draft_temperature)
     engine = measuring_engine(
-        args.target, args.draft, args.device, args.concurrency, tree_nodes=args.tree_nodes, tree_depth=args.tree_depth,
+        args.target, args.draft, args.device, args.concurrency, args.ngrams, tree_nodes=args.tree_nodes, tree_depth=args.tree_depth,
         tree_topk=args.tree_topk, draft_temperature=sigma,
     )  # fmt: skip
     prompts = read_prompts(args.prompts, engine.tokenizer, args.limit, args.all_turns)

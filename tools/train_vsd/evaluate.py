@@ -15,9 +15,12 @@ from tools.loops import repeated_8_grams
 from tools.train_vsd.generate import Completion, complete
 
 
-def measuring_engine(target: str, draft: str | None, device: str, concurrency: int, **options: Any) -> Engine:
-    """An engine whose head alone drafts, the same tree at every step, whatever the load. ``options``: further fields of EngineConfig."""
-    config = EngineConfig(model=target, draft=draft, device=device, max_num_seqs=concurrency, load_rule=False, ngrams=False, **options)
+def measuring_engine(target: str, draft: str | None, device: str, concurrency: int, ngrams: bool = False, **options: Any) -> Engine:
+    """An engine whose head drafts the same tree at every step, whatever the load, alone unless ``ngrams``.
+
+    ``options``: further fields of EngineConfig.
+    """
+    config = EngineConfig(model=target, draft=draft, device=device, max_num_seqs=concurrency, load_rule=False, ngrams=ngrams, **options)
     return Engine.from_config(config)
 
 
