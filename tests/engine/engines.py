@@ -17,6 +17,7 @@ from server.engine.types import RequestOutput, SamplingParams, SpeculationStats,
 EOS = 256  # of the byte tokenizer
 VOCAB = 260
 POSITIONS = 256
+POISON = 77  # a token whose embedding is NaN in poisoned_model
 _SIZE = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": POSITIONS, "intermediate_size": 48}
 _GROUPED = {**_SIZE, "num_key_value_heads": 2}
 _HEAD_DIM = {**_GROUPED, "head_dim": 8}
@@ -56,6 +57,14 @@ def tiny_model(model_type: str = "llama", seed: int = 0, spread: float = 0.25, *
     config = AutoConfig.for_model(model_type, **{**ids, **spreads, **SHAPES[model_type], **changes})
     # eager: the fused attention of older transformers drops Gemma 2's soft cap, and this model is what we are compared with
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def poisoned_model() -> PreTrainedModel:
+    """A tiny Llama for which POISON makes NaN; it never generates that token."""
+    model = tiny_model("llama", spread=0.15)
+    model.model.embed_tokens.weight.data[POISON] = float("nan")
+    model.lm_head.weight.data[POISON] = 0
+    return model
 
 
 def random_head(model: PreTrainedModel, **changes: int) -> Eagle3Head:

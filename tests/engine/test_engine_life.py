@@ -11,11 +11,10 @@ from server.engine.config import EngineError
 from server.engine.engine import Engine
 from server.engine.request import Request
 from server.engine.types import SamplingParams
-from tests.engine.engines import Run, build, byte_tokenizer, random_head, run, tiny_model
+from tests.engine.engines import POISON, Run, build, byte_tokenizer, poisoned_model, random_head, run, tiny_model
 from tests.engine.guided import Guide
 from tests.engine.reference_decoding import decode
 
-POISON = 77  # a token whose embedding is NaN
 NEW = 24
 PROMPTS = [[10 + i, 20, 30 + i] + [40 + i] * (5 * i) for i in range(5)]
 PARAMS = [SamplingParams(max_tokens=NEW, temperature=0.9 * (i % 2), seed=i, ignore_eos=True) for i in range(5)]
@@ -23,10 +22,7 @@ PARAMS = [SamplingParams(max_tokens=NEW, temperature=0.9 * (i % 2), seed=i, igno
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    model = tiny_model("llama", spread=0.15)
-    model.model.embed_tokens.weight.data[POISON] = float("nan")
-    model.lm_head.weight.data[POISON] = 0  # and the others never generate it
-    return model
+    return poisoned_model()
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ from transformers import PreTrainedModel
 from server.engine.engine import Engine
 from server.engine.request import Request
 from server.engine.types import SamplingParams
-from tests.engine.engines import Run, build, random_head, run, tiny_model
+from tests.engine.engines import POISON, Run, build, poisoned_model, random_head, run
 from tests.engine.guided import Guide
 from tests.engine.reference_decoding import decode
 
 BLOCK = 4
-POISON = 77  # a token whose embedding is NaN
 GREEDY = SamplingParams(max_tokens=11, temperature=0, ignore_eos=True)
 SEEDED = replace(GREEDY, temperature=0.9, seed=3)
 SAMPLING = {"greedy": GREEDY, "seeded": SEEDED}
@@ -30,10 +29,7 @@ Chats = dict[tuple[str, int], tuple[list[int], list[int], list[int]]]
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    model = tiny_model("llama", spread=0.15)
-    model.model.embed_tokens.weight.data[POISON] = float("nan")
-    model.lm_head.weight.data[POISON] = 0  # and the others never generate it
-    return model
+    return poisoned_model()
 
 
 def engine_of(model: PreTrainedModel, shape: Shape = (12, 4, 3), **options: object) -> Engine:

@@ -9,9 +9,12 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from tqdm import tqdm
 
+from server.engine.config import EngineConfig
 from tools.bench import __main__ as bench
+from tools.bench.backends import Engine
 from tools.bench.plot import speeds
 from tools.bench.report import Row, rows, table, verdict
 from tools.bench.rounds import Round, SystemFailure, measure
@@ -277,6 +280,27 @@ def test_wrong_arguments(capsys) -> None:
     assert "sglang unknown" in errors
     assert "expected NAME=PATH" in errors
     assert "--model needs --draft" in errors
+
+
+def test_engines_share_the_model_and_only_one_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EngineConfig()
+    assert config.draft
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    backend = Engine(Settings(config.model, config.draft, "cpu", "float32", 1, 2, 64, 4, "converted"))
+    drafted, plain = backend.engines[SPECULATION], backend.engines[PLAIN]
+    assert drafted.steps.target.model is plain.steps.target.model
+    assert given == [1]
+    assert plain.max_model_len == drafted.max_model_len == 64
+    assert not plain.prefix_cache.enabled, "rounds repeat the prompts"
+    assert not drafted.prefix_cache.enabled
+    drafted.load_rule = None  # the whole tree at every step, however slow this machine
+    with_drafts, without = (backend.run(Work(system, [[5, 6, 7], [8, 9]], 2, 0.0, 16)) for system in (SPECULATION, PLAIN))
+    assert with_drafts.token_ids == without.token_ids
+    assert [len(ids) for ids in without.token_ids] == [16, 16]
+    assert with_drafts.accepted > 0
+    assert 0 < with_drafts.steps < 2 * 16
+    assert (without.steps, without.accepted) == (0, 0)
 
 
 def test_demo_pair_and_transformers(tmp_path: Path) -> None:

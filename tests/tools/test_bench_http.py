@@ -63,6 +63,7 @@ def test_servers_differ_in_the_draft_alone(bench, monkeypatch) -> None:
     assert plain[plain.index("--draft") + 1] == "none"
     for command in (drafted, plain):
         assert command[:3] == [sys.executable, "-m", "server"]
+        assert "--no-prefix-caching" in command, "rounds repeat the prompts"
         assert command[-2:] == ["--dtype", "float32"]
         for option in ("--draft", "--port"):
             del command[command.index(option) : command.index(option) + 2]

@@ -159,7 +159,20 @@ def run(args: argparse.Namespace) -> list[Row]:
 
     def command(system: str, draft: str) -> list[str]:
         port = urls[system].rpartition(":")[2]
-        return [sys.executable, "-m", "server", args.model, "--draft", draft, "--host", "127.0.0.1", "--port", port, *args.server]
+        return [
+            sys.executable,
+            "-m",
+            "server",
+            args.model,
+            "--draft",
+            draft,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+            "--no-prefix-caching",
+            *args.server,
+        ]
 
     result = []
     with (

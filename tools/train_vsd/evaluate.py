@@ -7,6 +7,7 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
+import torch
 
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -20,7 +21,10 @@ def measuring_engine(target: str, draft: str | None, device: str, concurrency: i
 
     ``options``: further fields of EngineConfig.
     """
-    config = EngineConfig(model=target, draft=draft, device=device, max_num_seqs=concurrency, load_rule=False, ngrams=ngrams, **options)
+    config = EngineConfig(
+        model=target, draft=draft, device=device, threads=torch.get_num_threads(), max_num_seqs=concurrency, load_rule=False,
+        ngrams=ngrams, **options,
+    )  # fmt: skip
     return Engine.from_config(config)
 
 

@@ -118,7 +118,8 @@ def answers(args: argparse.Namespace, settings: TrainSettings, finished: bool = 
         dist.barrier()  # the first process writes them, the others read them
         finished = True
     refuse_evaluation_prompts(args.prompts, args.evaluation)
-    engine = Engine.from_config(EngineConfig(model=args.target, draft=None, device=args.device, max_num_seqs=64))
+    threads = torch.get_num_threads()  # training goes on with them
+    engine = Engine.from_config(EngineConfig(model=args.target, draft=None, device=args.device, threads=threads, max_num_seqs=64))
     answer = AnswerSettings(temperature=args.temperature, seed=args.seed)
     room = engine.max_request_tokens - answer.max_tokens
     prompts = [prompt for prompt in read_prompts(args.prompts, engine.tokenizer) if len(prompt) <= room]
