@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from kernels.rms_norm import rms_norm
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [..., Hq, D], k and v [..., Hkv, D], RoPE applied -> [..., Hq, D], scaled by 1 / sqrt(D)."""
 
@@ -145,9 +147,9 @@ class Eagle3Head(nn.Module):
         returned for the row before. ``positions``: integers [...]. ``temperature``: the request's, clamped to [0, 1], of a shape that
         broadcasts to [...]; None is 0. Returns the state to recycle, [..., H].
         """
-        config, eps, width = self.config, self.config.rms_norm_eps, (self.config.hidden_size,)
-        normed = F.rms_norm(hidden, width, self.hidden_norm, eps)
-        x = torch.cat((F.rms_norm(embeddings, width, self.input_layernorm, eps), normed), dim=-1)
+        config, eps = self.config, self.config.rms_norm_eps
+        normed = rms_norm(hidden, self.hidden_norm, eps)
+        x = torch.cat((rms_norm(embeddings, self.input_layernorm, eps), normed), dim=-1)
         qkv = self.qkv_proj(x).unflatten(-1, (-1, config.head_dim))
         qk, v = qkv.tensor_split((config.num_attention_heads + config.num_key_value_heads,), dim=-2)
         cos, sin = self.rope[positions].unsqueeze(-2).unbind(-3)
@@ -158,7 +160,7 @@ class Eagle3Head(nn.Module):
         if self.temperature_shift is not None and temperature is not None:
             # After attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.
             y = y + temperature.to(y.dtype).unsqueeze(-1) * self.temperature_shift
-        gate, up = self.gate_up_proj(F.rms_norm(y, width, self.post_attention_layernorm, eps)).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(rms_norm(y, self.post_attention_layernorm, eps)).chunk(2, dim=-1)
         y = y + self.down_proj(F.silu(gate) * up)
         return self._normed(y) if config.norm_output else y
 
@@ -179,4 +181,4 @@ class Eagle3Head(nn.Module):
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
 
     def _normed(self, y: Tensor) -> Tensor:
-        return F.rms_norm(y, (self.config.hidden_size,), self.norm, self.config.rms_norm_eps)
+        return rms_norm(y, self.norm, self.config.rms_norm_eps)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from drafts.eagle3 import Eagle3Head
 
 logger = logging.getLogger(__name__)
-PACKED_ENTRIES = 1 << 18  # of a matrix; calls of oneDNN cost 20 us more
+PACKED_ENTRIES = 1 << 17  # of a matrix; calls of oneDNN cost 20 us more
 PACKED_ROWS = 8  # that the copies are made for
 
 
@@ -41,7 +41,7 @@ class PackedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == self.in_features:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True).clamp(min=1e-12)
         # 7 bits, 64 standing for 0: with all 8, sums of two products can exceed 16 bits on processors without VNNI.
-        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x / largest, 1 / 63, 64, self.packed).mul_(largest)
+        return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(x / largest, 1 / 63, 64, self.packed).mul_(largest)
 
 
 @torch.no_grad()

@@ -28,8 +28,8 @@ class PagedTensors:
         if live is not None:
             padding = ~live.flatten()[:, None, None]
             k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-        self.k[layer].view(-1, *k.shape[1:])[slots] = k
-        self.v[layer].view(-1, *v.shape[1:])[slots] = v
+        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
 
     def clear(self, blocks: list[int]) -> None:
         self.k[:, blocks] = 0

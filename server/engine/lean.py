@@ -1,4 +1,4 @@
-"""Decoder layers of Llama's shape with fewer, larger operations: what transformers' own layers cost beside the matrix products."""
+"""A forward pass of Llama's shape with fewer, larger operations: what transformers' own costs beside the matrix products."""
 
 from typing import Any
 
@@ -7,66 +7,74 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kernels.rms_norm import rms_norm
 from server.engine.cpu_layout import store_transposed
-from server.engine.target import ForwardContext, decoder_layers, paged_tree_attention
+from server.engine.target import ForwardContext, attend
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
-"""Model types whose layers are: norm, q k v (norms of q and k), RoPE, attention, norm, gated MLP."""
+"""Model types that are: embedding, layers of (norm, q k v, norms of q and k, RoPE, attention, norm, gated MLP), norm, output matrix."""
 
 
-def make_lean(model: PreTrainedModel) -> None:
-    """Replace the decoder layers of ``LEAN`` model types, in place; others stay as they are."""
-    if model.config.model_type in LEAN:
-        layers = decoder_layers(model, model.config.num_hidden_layers)
-        for i, layer in enumerate(layers):
-            layers[i] = LeanLayer(layer)
+class LeanDecoder(nn.Module):
+    """The forward pass of a model of ``LEAN`` types, of whose weights nothing is held twice; ``model`` itself stays usable."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        body: Any = model.model
+        self.embed_tokens, self.rotary_emb, self.norm = body.embed_tokens, body.rotary_emb, body.norm
+        self.layers = nn.ModuleList(LeanLayer(layer) for layer in body.layers)
+        self.lm_head = model.get_output_embeddings()
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, context: ForwardContext, keep: Tensor | None, taps: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """tokens, positions int64 [T] -> logits [T or K, V] of the rows ``keep`` int64 [K], and what the layers ``taps`` read, [T, H]."""
+        hidden = F.embedding(tokens, self.embed_tokens.weight)
+        cos, sin = (part[0, :, None] for part in self.rotary_emb(hidden, positions[None]))
+        read = {}
+        for i, layer in enumerate(self.layers):
+            if i in taps:
+                read[i] = hidden
+            hidden = layer(hidden, cos, sin, context)
+        return self.lm_head(_norm(hidden if keep is None else hidden[keep], self.norm)), [read[i] for i in taps]
 
 
 class LeanLayer(nn.Module):
-    """``layer`` with q, k, v and gate, up as one matrix each, of which its own weights become views.
-
-    Outside ``Target.forward``, where there is no paged cache, the original layer runs: that is what ``self_check`` compares with.
-    """
-
-    layer: Any  # transformers' classes have these attributes, which nn.Module's type does not know
+    """transformers' ``layer`` with q, k, v and gate, up as one matrix each, of which its own weights become views."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        attention, mlp = layer.self_attn, layer.mlp
-        self.layer = layer
+        attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
         self.qkv = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up = _fused(mlp.gate_proj, mlp.up_proj)
-        self.o_proj: nn.Linear = attention.o_proj
-        self.down_proj: nn.Linear = mlp.down_proj
-        self.activation: nn.Module = mlp.act_fn
+        self.o_proj, self.down_proj, self.activation = attention.o_proj, mlp.down_proj, mlp.act_fn
+        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        self.index: int = attention.layer_idx
+        self.head_dim: int = attention.head_dim
         self.heads: int = attention.q_proj.out_features // attention.head_dim
+        self.kv_heads: int = attention.k_proj.out_features // attention.head_dim
+        self.scale: float = attention.scaling
         # Mistral's layers read their window from the config.
-        config = attention.config
         self.window: int | None = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)
 
-    def forward(self, hidden_states: Tensor, tree: ForwardContext | None = None, **kwargs: Any) -> Tensor:
-        """hidden_states [1, B * N, H] -> the same shape."""
-        if tree is None:
-            return self.layer(hidden_states, **kwargs)
-        attention = self.layer.self_attn
-        qkv = self.qkv(_norm(hidden_states, self.layer.input_layernorm)).unflatten(-1, (-1, attention.head_dim))
-        qk, v = qkv.tensor_split((qkv.shape[2] - (qkv.shape[2] - self.heads) // 2,), dim=2)
-        if hasattr(attention, "q_norm"):
-            q, k = qk.tensor_split((self.heads,), dim=2)
-            qk = torch.cat((_norm(q, attention.q_norm), _norm(k, attention.k_norm)), dim=2)
-        cos, sin = (part.unsqueeze(2) for part in kwargs["position_embeddings"])
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
+        """hidden [T, H]; cos, sin [T, 1, D] -> [T, H]."""
+        qkv = self.qkv(_norm(hidden, self.input_norm)).view(len(hidden), -1, self.head_dim)
+        qk, v = qkv[:, : self.heads + self.kv_heads], qkv[:, self.heads + self.kv_heads :]
+        if self.q_norm is not None:
+            qk = torch.cat((_norm(qk[:, : self.heads], self.q_norm), _norm(qk[:, self.heads :], self.k_norm)), dim=1)
         first, second = qk.chunk(2, dim=-1)
         qk = torch.addcmul(qk * cos, torch.cat((-second, first), dim=-1), sin)
-        q, k, v = (part.transpose(1, 2) for part in (*qk.tensor_split((self.heads,), dim=2), v))
-        out, _ = paged_tree_attention(attention, q, k, v, None, attention.scaling, self.window, tree=tree)
-        hidden_states = hidden_states + self.o_proj(out.flatten(2))
-        gate, up = self.gate_up(_norm(hidden_states, self.layer.post_attention_layernorm)).chunk(2, dim=-1)
-        return hidden_states + self.down_proj(self.activation(gate) * up)
+        out = attend(qk[:, : self.heads], qk[:, self.heads :], v, self.index, self.scale, self.window, None, context)
+        hidden = hidden + self.o_proj(out.flatten(1))
+        gate, up = self.gate_up(_norm(hidden, self.mlp_norm)).chunk(2, dim=-1)
+        return hidden + self.down_proj(self.activation(gate) * up)
 
 
 def _norm(x: Tensor, norm: Any) -> Tensor:
-    """RMSNorm, as one operation."""
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    """transformers' RMSNorm."""
+    return rms_norm(x, norm.weight, norm.variance_epsilon)
 
 
 def _fused(*linears: nn.Linear) -> nn.Linear:

@@ -9,7 +9,7 @@ from drafts.checkpoint import DraftError, load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
 from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.cpu_layout import pack_for_trees, quantize_draft, store_transposed
-from server.engine.lean import make_lean
+from server.engine.lean import LEAN, LeanDecoder
 from server.engine.target import Target, refuse_unsupported, self_check
 from server.engine.threads import choose_threads
 
@@ -52,9 +52,9 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(f"cannot load the weights of {config.model!r}: {str(error).splitlines()[0]}") from error
     store_transposed(model)
-    make_lean(model)
-    pack_for_trees(model)
-    target = Target(model, taps=config.draft not in (None, NGRAM))
+    decoder = LeanDecoder(model) if model_config.model_type in LEAN else None
+    pack_for_trees(decoder or model)
+    target = Target(model, config.draft not in (None, NGRAM), decoder)
     self_check(target, config.block_size)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or choose_threads(target, torch.get_num_threads()))

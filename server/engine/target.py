@@ -1,6 +1,7 @@
 """Any transformers decoder over the paged cache: one forward pass for all new rows of all requests."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,18 +32,24 @@ class ForwardContext:
     cache: PagedTensors
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int | None, softcap: float | None, tree: ForwardContext
+) -> Tensor:
+    """Store k and v [B * N, Hkv, D] in the cache of ``layer``, then attend from q [B * N, Hq, D]; the result has q's shape."""
+    tree.cache.write(layer, tree.slots, k, v, tree.layout.live)
+    rows = q.unflatten(0, tree.layout.depth.shape)
+    return tree_attention(rows, tree.cache.k[layer], tree.cache.v[layer], tree.layout, scale, window, softcap).flatten(0, 1)
+
+
 def paged_tree_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     sliding_window: int | None = None, softcap: float | None = None, tree: ForwardContext | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention signature: query [1, Hq, B * N, D], key and value [1, Hkv, B * N, D] -> [1, B * N, Hq, D]."""
     assert tree is not None, "this attention runs inside Target.forward only"
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    tree.cache.write(layer, tree.slots, key[0].transpose(0, 1), value[0].transpose(0, 1), tree.layout.live)
-    rows = query[0].transpose(0, 1).unflatten(0, tree.layout.depth.shape)
+    q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = tree_attention(rows, tree.cache.k[layer], tree.cache.v[layer], tree.layout, scale, sliding_window, softcap)
-    return out.flatten(0, 1)[None], None
+    return attend(q, k, v, int(module.layer_idx), scale, sliding_window, softcap, tree)[None], None  # type: ignore[arg-type]
 
 
 AttentionInterface.register("paged_tree", paged_tree_attention)
@@ -85,10 +92,18 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = own
 
 
-class Target:
-    """A causal LM with its paged cache. ``taps``: collect the low, middle and high hidden states for a draft head."""
+Decoder = Callable[[Tensor, Tensor, ForwardContext, Tensor | None, tuple[int, ...]], tuple[Tensor, list[Tensor]]]
+"""A forward pass as ``LeanDecoder.forward`` is."""
 
-    def __init__(self, model: PreTrainedModel, taps: bool) -> None:
+
+class Target:
+    """A causal LM with its paged cache.
+
+    ``taps``: collect the low, middle and high hidden states for a draft head. ``decoder``: the forward pass of ``model``, where it is not
+    transformers' own.
+    """
+
+    def __init__(self, model: PreTrainedModel, taps: bool, decoder: Decoder | None = None) -> None:
         refuse_unsupported(model.config)
         self.model = model.eval().requires_grad_(False)
         _own_config(model)
@@ -100,10 +115,12 @@ class Target:
         self.num_layers: int = config.num_hidden_layers
         self.kv_heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.taps = feature_layers(self.num_layers) if taps else ()
+        self.decoder = decoder
         self._features: list[Tensor] | None = None  # a list while our own forward pass runs: others may use the model too
-        if taps:
+        if decoder is None:
             layers = decoder_layers(model, self.num_layers)
-            for index in feature_layers(self.num_layers):
+            for index in self.taps:
                 layers[index].register_forward_pre_hook(self._tap, with_kwargs=True)
 
     @property
@@ -123,17 +140,23 @@ class Target:
         keep: flat row indices int64 [K] whose logits are wanted, None for all. Returns logits [K or B * N, V] and, with taps, the
         features [B, N, 3 * H].
         """
+        context = ForwardContext(layout, layout.slots.flatten(), cache)
+        positions = layout.positions.clamp(max=self.max_positions - 1).flatten()  # nodes past the end are never accepted
+        run = self.decoder or self._transformers
+        logits, taken = run(tokens.flatten(), positions, context, keep, self.taps)
+        return logits, torch.cat(taken, dim=-1).unflatten(0, tokens.shape) if taken else None
+
+    def _transformers(
+        self, tokens: Tensor, positions: Tensor, context: ForwardContext, keep: Tensor | None, taps: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """transformers' own forward pass, as a ``Decoder``; hooks collect the features."""
         taken: list[Tensor] = []
         self._features = taken
-        context = ForwardContext(layout, layout.slots.flatten(), cache)
-        positions = layout.positions.clamp(max=self.max_positions - 1)  # nodes past the end are never accepted
         logits = self.model(
-            input_ids=tokens.reshape(1, -1), position_ids=positions.reshape(1, -1), use_cache=False, tree=context,
-            logits_to_keep=0 if keep is None else keep,
-        ).logits[0]  # fmt: skip
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, tree=context, logits_to_keep=0 if keep is None else keep
+        ).logits[0]
         self._features = None
-        features = torch.cat(taken, dim=-1)[0].unflatten(0, tokens.shape) if taken else None
-        return logits, features
+        return logits, [part[0] for part in taken]
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
 """Small models, heads and tokenizers, engines made of them, and runs to the end."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from drafts.eagle3 import Eagle3Config, Eagle3Head
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
-from server.engine.target import Target
+from server.engine.target import Decoder, Target
 from server.engine.types import RequestOutput, SamplingParams, SpeculationStats, StepStats, TokenLogprob
 
 EOS = 256  # of the byte tokenizer
@@ -105,14 +105,19 @@ def letter_tokenizer(size: int) -> PreTrainedTokenizerFast:
 
 
 def build(
-    model: PreTrainedModel, head: Eagle3Head | None = None, tokenizer: PreTrainedTokenizerFast | None = None, **config: object
+    model: PreTrainedModel,
+    head: Eagle3Head | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    decoder: Callable[[PreTrainedModel], Decoder] | None = None,
+    **config: object,
 ) -> Engine:
     """An engine over a copy of ``model``, so that the original stays as transformers made it. No load rule unless asked for."""
     options = {"load_rule": False, "max_num_seqs": 8, "block_size": 4, **config}
     copied = copy.deepcopy(model)
     if head is not None and head.embed_tokens is None:
         head.share_embedding(copied.get_input_embeddings().weight)
-    return Engine(Target(copied, taps=head is not None), head, tokenizer or byte_tokenizer(), EngineConfig(**options))
+    target = Target(copied, head is not None, decoder(copied) if decoder else None)
+    return Engine(target, head, tokenizer or byte_tokenizer(), EngineConfig(**options))
 
 
 @dataclass

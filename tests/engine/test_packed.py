@@ -6,7 +6,7 @@ from torch import nn
 
 from server.engine import cpu_layout
 from server.engine.cpu_layout import PackedLinear, pack_for_trees
-from server.engine.lean import LeanLayer, make_lean
+from server.engine.lean import LEAN, LeanDecoder
 from server.engine.target import decoder_layers, self_check
 from server.engine.types import SamplingParams
 from tests.engine.engines import build, random_head, run, tiny_model
@@ -29,27 +29,34 @@ def test_greedy_text_equals_generate(monkeypatch: pytest.MonkeyPatch, model_type
     monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", 1)
     model = tiny_model(model_type)
     expected = [generate(model, prompt) for prompt in PROMPTS]
-    make_lean(model)
-    engine = build(model, random_head(model), tree_nodes=8, max_num_seqs=3)
-    model = engine.steps.target.model
-    pack_for_trees(model)
-    assert isinstance(model.get_output_embeddings(), PackedLinear)
-    self_check(engine.steps.target, 4)
+    engine = build(model, random_head(model), decoder=LeanDecoder if model_type in LEAN else None, tree_nodes=8, max_num_seqs=3)
+    target = engine.steps.target
+    parts = target.decoder if isinstance(target.decoder, LeanDecoder) else target.model
+    pack_for_trees(parts)
+    assert sum(isinstance(module, PackedLinear) for module in parts.modules()) == 4 * 4 + 1
+    self_check(target, 4)
     requests = [(prompt, SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)) for prompt in PROMPTS]
     assert [result.token_ids for result in run(engine, requests)] == expected
+
+
+def test_a_lean_decoder_is_packed_and_the_model_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", 1)
+    model = tiny_model("llama")
+    decoder = LeanDecoder(model)
+    pack_for_trees(decoder)
+    layer = decoder.layers[0]
+    assert all(isinstance(part, PackedLinear) for part in (layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj, decoder.lm_head))
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
 
 
 def test_a_part_of_a_matrix_is_not_packed_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", 1)
     model = tiny_model("llama")
-    make_lean(model)
+    LeanDecoder(model)  # q_proj becomes a view
     pack_for_trees(model)
-    layer = decoder_layers(model, 4)[0]
-    assert isinstance(layer, LeanLayer)
-    assert isinstance(layer.qkv, PackedLinear)
-    assert isinstance(layer.o_proj, PackedLinear)
-    assert layer.o_proj is layer.layer.self_attn.o_proj
-    assert type(layer.layer.self_attn.q_proj) is nn.Linear
+    attention = decoder_layers(model, 4)[0].self_attn
+    assert isinstance(attention.o_proj, PackedLinear)
+    assert type(attention.q_proj) is nn.Linear
 
 
 def test_small_matrices_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:

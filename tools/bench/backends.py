@@ -32,7 +32,7 @@ class Engine:
         target, head, tokenizer = load(config)
         self.engines = {
             SPECULATION: Engine(target, head, tokenizer, config),
-            PLAIN: Engine(Target(target.model, taps=False), None, tokenizer, config),
+            PLAIN: Engine(Target(target.model, taps=False, decoder=target.decoder), None, tokenizer, config),
         }
 
     def run(self, work: Work) -> Answers:
