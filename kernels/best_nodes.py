@@ -24,9 +24,9 @@ def best_nodes_reference(
 
 
 def worthwhile_nodes(ordered: Tensor, nodes: int, node_price: float) -> int:
-    """How many drafted nodes to keep, at least one; ordered: scores float32 [B, M], best first. With a price the host waits for them."""
+    """The most drafted nodes of a request, at least one; ordered: scores float32 [B, M], best first. A price makes the host wait."""
     count = min(nodes - 1, ordered.shape[1])
-    return count if node_price == 0 else max(1, min(count, int((ordered.exp().sum(0) >= node_price).sum())))
+    return count if node_price == 0 else max(1, min(count, int((ordered.exp().amax(0) >= node_price).sum())))
 
 
 @jit
@@ -85,7 +85,7 @@ def best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, n
     """The root and the best ``nodes`` - 1 of M drafted nodes, parents before children, as tokens and parents int64 [B, N].
 
     roots int64 [B]; scores float32 [B, M], -inf for nodes that cannot be; tokens int64 [B, M]; parents int64 [B, M]: a node's parent in
-    the pool, counted from 1 on, 0 for the root; node_price: expected tokens that the n-th best nodes of all requests must bring together
+    the pool, counted from 1 on, 0 for the root; node_price: survival probability that the n-th best node of some request must have
     for trees to have n of them, 0: N = min(nodes, M + 1). A kept node of score -inf is dead: token -1, parent 0. A child
     never scores above its parent, and of equal scores the first stays: a kept node's parent is kept.
     """

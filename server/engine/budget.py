@@ -1,20 +1,25 @@
-"""The load rule: how much a step may draft, from measured step costs and observed acceptance."""
+"""The load rule: which requests of a step draft, and how much, from measured step costs and observed acceptance."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from server.engine.drafter import TreeShape
+from server.engine.request import Request
 
-MIN_GAIN = 1.15  # speed-up over plain decoding below which a step decodes plainly: on a fast processor estimates err by a tenth
+MIN_GAIN = 1.1  # speed-up over plain decoding below which nobody drafts: estimates err by as much
 OPTIMISM = 1.15  # of the first estimate: it knows fixed trees alone, and a rule that never drafts never learns
+PROBE = 16  # steps after which one of the requests that do not draft does so, to see whether it has become worth while,
+MAX_PROBE = 64  # and at most, since every try that is of no use doubles them
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 5  # per batch size
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
-_MEMORY = 0.99  # of the running estimates, per observed request
-_FORGETTING = 1e-3  # per plain step: speculation is tried again
+_COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
+_OWN, _SHARED = 0.25, 0.05  # weight of what is new in a request's estimate, and in its class's
+_FADING = 0.005  # of an idle request's own estimate, per step, towards its class's
 
 
 class StepCost(NamedTuple):
@@ -30,58 +35,100 @@ class StepCost(NamedTuple):
         return self.base + self.level * (levels - 1) + self.node * nodes
 
 
-class _Estimate:
-    """What trees bring at one batch size: tokens per request and step, and what such a step costs, in plain steps."""
+@dataclass
+class Plan:
+    """What one step may draft, for whom, and what became of it: (request, drafted nodes, accepted nodes) of those that had a tree."""
 
-    def __init__(self, tokens: float, cost: float) -> None:
-        self.first = (tokens, cost)
-        self.tokens, self.cost = tokens, cost
+    shape: TreeShape
+    drafting: list[Request]
+    levels: int = 0
+    drafts: list[tuple[Request, int, int]] = field(default_factory=list)
 
-    @property
-    def gain(self) -> float:
-        """Speed over plain decoding."""
-        return self.tokens / self.cost
 
-    def move(self, tokens: float, cost: float, weight: float) -> None:
-        self.tokens += (tokens - self.tokens) * weight
-        self.cost += (cost - self.cost) * weight
+class _Size(NamedTuple):
+    """Trees as they turn out at one batch size, on average."""
+
+    levels: float
+    nodes: float  # drafted ones of a request
 
 
 class LoadRule:
-    """Decides at every step whether to draft at all, and what a level and a node must be worth.
+    """Decides at every step who drafts, and what a level and a node must be worth.
 
-    Time has a price: the tokens that the batch commits in it as things go. A level or a node that is expected to bring less than its
-    own time is worth is left out, so trees grow where the head is sure and where the load leaves room. Estimates are kept per measured
-    batch size. They count modelled and not clocked seconds, so that other programs' bursts do not disturb them.
+    Of a request it is known how many drafted tokens it accepts per step, from its own steps and from those of its class (``warmth``);
+    of a step, what it costs with m of n requests drafting. Those m requests draft that make the most tokens per second of the whole
+    batch; at a load that leaves no room nobody does, and nothing is computed for it, but for one request every PROBE steps.
+    Within a tree, time has the price of the tokens that the batch commits in it as things go: a level or a node that is expected to bring
+    less is left out. Costs are modelled and not clocked, so that other programs' bursts do not disturb them.
 
     ``costs``: by batch size; ``acceptance``: tokens per verification by number of nodes of a fixed tree, where the estimates begin.
     """
 
     def __init__(self, shape: TreeShape, costs: Mapping[int, StepCost], acceptance: Mapping[int, float]) -> None:
         self.shape, self.costs = shape, dict(costs)
-        self._estimates = {batch: _first_estimate(shape, cost, acceptance) for batch, cost in costs.items()}
+        first = {batch: _first_tree(shape, cost, acceptance) for batch, cost in costs.items()}
+        self._sizes = {batch: _Size(tree.depth, tree.nodes - 1) for batch, tree in first.items()}
+        self._first_worth = OPTIMISM * _interpolate(acceptance, first[min(first)].nodes) - 1
+        self._worth: dict[int, float] = {}  # accepted tokens per drafting step, by class
+        self._interval, self._since_probe = PROBE, 0
 
-    def gain(self, batch: int) -> float:
-        """The estimated speed-up over plain decoding."""
-        return self._estimates[self._measured(batch)].gain
+    def choose(self, requests: list[Request]) -> Plan:
+        """Who of the step's requests drafts, with the largest tree and its prices."""
+        batch = len(requests)
+        cost = self.costs[self._measured(batch)]
+        able = sorted((r for r in requests if r.max_draft_nodes > 0), key=self._worth_of, reverse=True)
+        best, speed = 0, MIN_GAIN * batch / cost.plain
+        expected = float(batch)
+        for count, request in enumerate(able, 1):
+            expected += min(self._worth_of(request), self._sizes[self._measured(count)].nodes)
+            if expected / self._seconds(batch, count) > speed:
+                best, speed = count, expected / self._seconds(batch, count)
+        chosen = able[:best] + self._probe(able[best:])
+        if not chosen:
+            return Plan(self.shape.shrunk(1), [])
+        speed = max(speed if best else 0.0, batch / cost.plain)
+        level = self.costs[self._measured(len(chosen))].level
+        return Plan(self.shape._replace(level_price=speed * level, node_price=speed * cost.node / batch), chosen)
 
-    def choose(self, batch: int) -> TreeShape:
-        """The largest tree for a step of ``batch`` requests, with its prices; one node where plain decoding is as fast."""
-        measured = self._measured(batch)
-        gain, cost = self._estimates[measured].gain, self.costs[measured]
-        if gain < MIN_GAIN:
-            return self.shape.shrunk(1)
-        speed = batch * gain / cost.plain
-        return self.shape._replace(level_price=speed * cost.level, node_price=speed * cost.node)
+    def _probe(self, idle: list[Request]) -> list[Request]:
+        """The request that drafts all the same, now and then: the one whose draft cache is the least behind."""
+        for request in idle:
+            request.worth = self._worth_of(request) + (self._shared_worth(request) - self._worth_of(request)) * _FADING
+        if not idle:
+            self._interval, self._since_probe = PROBE, 0
+            return []
+        self._since_probe += 1
+        if self._since_probe < self._interval:
+            return []
+        self._interval, self._since_probe = min(2 * self._interval, MAX_PROBE), 0
+        return [min(idle, key=lambda request: request.num_pending)]
 
-    def observe(self, batch: int, levels: int, nodes: int, accepted: Iterable[int]) -> None:
-        """Learn from a step that grew ``levels`` levels and verified ``nodes`` nodes, of which requests accepted so many."""
-        measured = self._measured(batch)
-        estimate, cost, counts = self._estimates[measured], self.costs[measured], list(accepted)
-        if nodes == 1 or not counts:
-            estimate.move(*estimate.first, _FORGETTING)
-        else:
-            estimate.move(1 + sum(counts) / batch, cost.tree(levels, nodes) / cost.plain, 1 - _MEMORY ** len(counts))
+    def observe(self, plan: Plan) -> None:
+        """Learn from a step."""
+        if not plan.drafting:
+            return
+        accepted = {id(request): accepted for request, _, accepted in plan.drafts}
+        for request in plan.drafting:
+            value = accepted.get(id(request), 0)
+            shared = self._shared_worth(request)
+            request.worth = self._worth_of(request) + (value - self._worth_of(request)) * _OWN
+            self._worth[request.warmth] = shared + (value - shared) * _SHARED
+        measured = self._measured(len(plan.drafting))
+        size, nodes = self._sizes[measured], sum(drafted for _, drafted, _ in plan.drafts) / len(plan.drafting)
+        self._sizes[measured] = _Size(size.levels + (plan.levels - size.levels) * _SHARED, size.nodes + (nodes - size.nodes) * _SHARED)
+
+    def _worth_of(self, request: Request) -> float:
+        return self._shared_worth(request) if request.worth is None else request.worth
+
+    def _shared_worth(self, request: Request) -> float:
+        return self._worth.get(request.warmth, self._first_worth * (1 - _COOLING * request.warmth))
+
+    def _seconds(self, batch: int, drafting: int) -> float:
+        """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of the usual size."""
+        measured = self._measured(drafting)
+        own, size, cost = self.costs[measured], self._sizes[measured], self.costs[self._measured(batch)]
+        draft = max(0.0, own.base - own.plain) + own.level * max(0.0, size.levels - 1)
+        return cost.plain + draft + cost.node / batch * size.nodes * drafting
 
     def _measured(self, batch: int) -> int:
         """The measured batch size that stands for ``batch``: the next larger one."""
@@ -94,20 +141,17 @@ class FreeDraftRule(LoadRule):
     Plain decoding is what a tree must beat, MIN_GAIN times; the price of a level is that of all but its nodes.
     """
 
-    def choose(self, batch: int) -> TreeShape:
-        cost = self.costs[self._measured(batch)]
+    def choose(self, requests: list[Request]) -> Plan:
+        batch, cost = len(requests), self.costs[self._measured(len(requests))]
         needed = MIN_GAIN * batch / cost.plain
-        speed = max(needed, batch * self.gain(batch) / cost.plain)
-        return self.shape._replace(level_price=needed * cost.tree(1, 1) - batch, node_price=speed * cost.node)
+        shape = self.shape._replace(level_price=needed * cost.tree(1, 1) - batch, node_price=needed * cost.node / batch)
+        return Plan(shape, [request for request in requests if request.max_draft_nodes > 0])
 
 
-def _first_estimate(shape: TreeShape, cost: StepCost, acceptance: Mapping[int, float]) -> _Estimate:
+def _first_tree(shape: TreeShape, cost: StepCost, acceptance: Mapping[int, float]) -> TreeShape:
     """The best fixed tree by the figures known beforehand."""
     trees = [shape.shrunk(nodes) for nodes in powers_of_two(shape.nodes) if nodes > 1]
-    estimates = [
-        _Estimate(OPTIMISM * _interpolate(acceptance, tree.nodes), cost.tree(tree.depth, tree.nodes) / cost.plain) for tree in trees
-    ]
-    return max(estimates, key=lambda estimate: estimate.gain, default=_Estimate(1.0, 1.0))
+    return max(trees, key=lambda tree: _interpolate(acceptance, tree.nodes) / cost.tree(tree.depth, tree.nodes), default=shape)
 
 
 def powers_of_two(limit: int) -> list[int]:

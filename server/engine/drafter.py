@@ -20,7 +20,7 @@ from server.engine.types import Tree
 class TreeShape(NamedTuple):
     """How much to draft, at most: ``nodes`` verified (root included), ``depth`` levels, ``topk`` nodes expanded a level.
 
-    The prices are what one more level, and one more node of every request, must bring the batch in expected tokens; 0 takes all.
+    The prices are what one more level of all requests, and one more node of one, must bring in expected tokens; 0 takes all.
     """
 
     nodes: int
@@ -128,5 +128,5 @@ def _worthwhile(scores: Tensor, shape: TreeShape) -> int:
     """
     if shape.level_price == shape.node_price == 0:
         return scores.shape[1]
-    paying = [tokens for tokens in scores.exp().sum(0).tolist() if tokens >= shape.node_price]
+    paying = [tokens for tokens in scores.exp().sum(0).tolist() if tokens >= shape.node_price * len(scores)]
     return len(paying) if sum(paying) >= shape.level_price else 0

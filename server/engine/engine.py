@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drafts.eagle3 import DraftTemperature, Eagle3Head
 from kernels.tree_mask import MAX_NODES
-from server.engine.budget import FreeDraftRule, LoadRule, default_acceptance, measure_costs
+from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptance, measure_costs
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.drafter import Drafter, TreeShape
@@ -129,17 +129,18 @@ class Engine:
         prefilling, width = self.scheduler.next_prefill()
         outputs = self._guarded(lambda requests, stats: self.steps.prefill(requests, width, stats), prefilling, stats)
         decoding = self.scheduler.decoding()
-        shape = self._choose_shape(len(decoding))
-        outputs += self._guarded(lambda requests, stats: self.steps.decode(requests, shape, stats), decoding, stats)
-        if self.load_rule and decoding:
-            self.load_rule.observe(len(decoding), stats.draft_levels, stats.tree_nodes, [accepted for _, accepted in stats.drafts])
+        plan = self._plan(decoding)
+        outputs += self._guarded(lambda requests, stats: self.steps.decode(requests, plan, stats), decoding, stats)
+        if self.load_rule:
+            self.load_rule.observe(plan)
         self.steps.bound_pending(self.scheduler.decoding())
         stats.seconds = time.monotonic() - start
         stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
         return outputs, stats
 
-    def _choose_shape(self, batch: int) -> TreeShape:
-        return self.load_rule.choose(batch) if self.load_rule and batch else self.shape
+    def _plan(self, decoding: list[Request]) -> Plan:
+        """Who may draft in this step, and how much."""
+        return self.load_rule.choose(decoding) if self.load_rule and decoding else Plan(self.shape, decoding)
 
     def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:
         """Do the work and end what it ended; if it raises, do it for each request alone, so that only those fail which raise again."""
@@ -190,7 +191,7 @@ class Engine:
         """Time whole steps of requests made for it: what decides how much a load may draft."""
         self.steps.ngrams = None if head else FullDrafts()
         full, prompt = self.shape, [0] * max(1, min(16, self.max_request_tokens // 2))
-        params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=0.0, seed=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=1.0, seed=0, ignore_eos=True)
         names = (f"measurement-{i}" for i in itertools.count())
 
         def run(batch: int, shape: TreeShape) -> float:

@@ -114,7 +114,7 @@ class Candidates(NamedTuple):
         """Without the pool where its nodes bring less than their price and ``level_price`` together, in expected tokens."""
         if self.pool is None:
             return self
-        gains = self.pool.scores.exp().sort(dim=1, descending=True).values.sum(0) - node_price
+        gains = self.pool.scores.exp() - node_price
         return self if float(gains.clamp(min=0).sum()) >= level_price else Candidates(self.drafts, None, 0)
 
 

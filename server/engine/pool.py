@@ -1,5 +1,6 @@
 """Nodes that were drafted, by whatever means, and of which the best become the trees of a step."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -46,7 +47,9 @@ def limited(scores: Tensor, limits: Tensor | None) -> Tensor:
 
 
 def best_tree(roots: Tensor, pool: Pool, nodes: int, node_price: float, depth: int) -> Tree:
-    """The best nodes as trees, see ``best_nodes``; ``depth``: of the deepest node."""
+    """The best nodes as trees, see ``best_nodes``; ``depth``: of the deepest node. None whose survival is less likely than its price."""
+    if node_price > 0:
+        pool = pool._replace(scores=pool.scores.masked_fill(pool.scores < math.log(node_price), float("-inf")))
     tokens, parent = best_nodes(roots, *pool, nodes, node_price)
     ancestors, depths = tree_mask(parent, depth)
     return Tree(tokens, parent, depths, ancestors)

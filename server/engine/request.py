@@ -42,6 +42,7 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     ngrams: NgramIndex = field(default_factory=NgramIndex)
+    worth: float | None = None  # drafted tokens that a step is expected to accept, None before the first; see LoadRule
 
     @classmethod
     def create(

@@ -2,6 +2,7 @@
 
 import logging
 from collections import defaultdict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
+from server.engine.budget import Plan
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
 from server.engine.drafter import Drafter, TreeShape
@@ -22,10 +24,24 @@ from server.engine.ngram import Candidates, Ngrams
 from server.engine.pool import best_tree, root_only
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
-from server.engine.target import Target
+from server.engine.target import Rows, Target
 from server.engine.types import RequestOutput, StepStats, TokenLogprob, Tree, Verdict
 
 logger = logging.getLogger(__name__)
+
+
+class Verification(NamedTuple):
+    """What one forward pass verifies of some requests; ``reach``: depth of the deepest node, at most."""
+
+    requests: list[Request]
+    tree: Tree
+    reach: int
+    options: SamplingBatch
+    noise: Noise | None
+    guesses: Candidates | None
+    rows: Rows
+
+
 MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off
 
 
@@ -74,36 +90,76 @@ class Steps:
         noise = batch_noise(requests, 1, self.target.vocab_size, self.device)
         return _verify(root_only(self._roots(requests)), 0, logits, options, noise)
 
-    def decode(self, requests: list[Request], shape: TreeShape, stats: StepStats) -> list[RequestOutput]:
+    def decode(self, requests: list[Request], plan: Plan, stats: StepStats) -> list[RequestOutput]:
         """One verification of every request: grow trees, run the target over all nodes, keep what it would have generated."""
-        shape = _allowed(requests, shape)
+        chosen = set(map(id, plan.drafting))
+        drafting = [request for request in requests if id(request) in chosen]
+        batches = []
+        if drafting and plan.shape.nodes > 1:
+            batches.append(self._draft(drafting, plan))
+        if len(drafting) < len(requests) or not batches:
+            batches.append(self._plain([request for request in requests if not batches or id(request) not in chosen]))
+        results = self.target.forward_parts([batch.rows for batch in batches], self.cache)
+        verdicts = [
+            _verify(batch.tree, batch.reach, logits.unflatten(0, batch.tree.tokens.shape), batch.options, batch.noise)
+            for batch, (logits, _) in zip(batches, results, strict=True)
+        ]
+        outputs = []
+        for batch, (logits, features), (verdict, healthy) in zip(batches, results, verdicts, strict=True):
+            if batch.tree.tokens.shape[1] > 1:
+                self._accept(batch, verdict, plan, stats)
+            if features is not None:
+                self._remember(batch.requests, features, verdict)
+            committed = self._commit(batch.requests, verdict, healthy, logits.unflatten(0, batch.tree.tokens.shape), stats)
+            if self.ngrams is not None and batch.guesses is not None:
+                self.ngrams.learn(batch.guesses, [output.token_ids for output in committed])
+            outputs += committed
+        stats.emitted += [len(output.token_ids) for output in outputs]
+        return outputs
+
+    def _draft(self, requests: list[Request], plan: Plan) -> Verification:
+        """Trees for the requests; of one node each when there is nothing worth drafting."""
+        shape = _allowed(requests, plan.shape)
         guesses = self._look_up(requests, shape)
         reach = max(shape.depth, guesses.depth if guesses else 0)
         options = batch_options(requests, self.target.vocab_size, self.device)
         noise = batch_noise(requests, reach + 1, self.target.vocab_size, self.device)
         tree = self._propose(requests, shape, options, noise, guesses)
+        plan.levels = self.drafter.levels if self.drafter else 1
+        live = tree.tokens >= 0
+        if not bool(live[:, 1:].any()):
+            return self._plain(requests, guesses)
+        return self._verification(requests, tree, reach, options, noise, guesses)
+
+    def _plain(self, requests: list[Request], guesses: Candidates | None = None) -> Verification:
+        options = batch_options(requests, self.target.vocab_size, self.device)
+        noise = batch_noise(requests, 1, self.target.vocab_size, self.device)
+        return self._verification(requests, root_only(self._roots(requests)), 0, options, noise, guesses)
+
+    def _verification(
+        self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None
+    ) -> Verification:
         context_lens, max_context = self._context(requests)
+        # Padding costs nothing on a GPU, where finding it would make the host wait.
+        live = None if self.device.type == "cuda" else tree.tokens >= 0
+        if live is not None and bool(live.all()):
+            live = None
         tables = self.pool.tables[self._rows(requests)]
-        layout = TreeLayout(tables, context_lens, tree.depth, tree.ancestors, None, self.pool.block_size, max_context)
-        logits, features = self.target.forward(tree.tokens.clamp(min=0), layout, self.cache)
-        logits = logits.unflatten(0, tree.tokens.shape)
-        verdict, healthy = _verify(tree, reach, logits, options, noise)
-        if tree.tokens.shape[1] > 1:
-            stats.draft_levels, stats.tree_nodes = self.drafter.levels if self.drafter else 1, tree.tokens.shape[1]
-            kv_commit(self.cache.k, self.cache.v, tables, context_lens, verdict.path)
-            counts = torch.stack(((tree.tokens >= 0).sum(1) - 1, verdict.num_accepted), dim=1).tolist()
-            for request, (drafted, accepted) in zip(requests, counts, strict=True):
-                if drafted:
-                    request.speculation.record(drafted, accepted, reach)
-                    stats.drafts.append((drafted, accepted))
-            self._learn(requests, verdict)
-        if features is not None:
-            self._remember(requests, features, verdict)
-        outputs = self._commit(requests, verdict, healthy, logits, stats)
-        stats.emitted += [len(output.token_ids) for output in outputs]
-        if self.ngrams is not None and guesses is not None:
-            self.ngrams.learn(guesses, [output.token_ids for output in outputs])
-        return outputs
+        layout = TreeLayout(tables, context_lens, tree.depth, tree.ancestors, live, self.pool.block_size, max_context)
+        return Verification(requests, tree, reach, options, noise, guesses, Rows(tree.tokens.clamp(min=0), layout))
+
+    def _accept(self, batch: Verification, verdict: Verdict, plan: Plan, stats: StepStats) -> None:
+        """Move what survived to the front of the cache, and learn from it."""
+        layout = batch.rows.layout
+        kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
+        counts = torch.stack(((batch.tree.tokens >= 0).sum(1) - 1, verdict.num_accepted), dim=1).tolist()
+        for request, (drafted, accepted) in zip(batch.requests, counts, strict=True):
+            if drafted:
+                request.speculation.record(drafted, accepted, batch.reach)
+                stats.drafts.append((drafted, accepted))
+                plan.drafts.append((request, drafted, accepted))
+        stats.draft_levels, stats.tree_nodes = plan.levels, batch.tree.tokens.shape[1]
+        self._learn(batch.requests, verdict)
 
     def sync_draft(self, requests: list[Request]) -> None:
         """Bring the draft cache up to the committed tokens, with the target's true features."""

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,44 @@ SUPPORTED = (
 """Model types compared with eager attention on trees, with and without a committed prefix (tests/engine)."""
 
 
+class Rows(NamedTuple):
+    """New rows of some requests in one forward pass; their K and V go to the layout's slots."""
+
+    tokens: Tensor  # int64 [B, N]
+    layout: TreeLayout
+    keep: Tensor | None = None  # the flat rows int64 [K], ascending and live, whose logits are wanted; None: all
+
+
 @dataclass
 class ForwardContext:
-    """What our attention needs beside q, k and v; transformers hands it through to every layer."""
+    """What our attention needs beside q, k and v; transformers hands it through to every layer.
 
-    layout: TreeLayout
-    slots: Tensor  # int64 [B * N]
+    ``parts``: layouts whose rows lie one after the other; ``rows``: which of a part's B * N rows are computed, int64 [R], None for all.
+    """
+
+    parts: list[TreeLayout]
+    rows: list[Tensor | None]
+    slots: Tensor  # int64 [T], of all computed rows
+    live: Tensor | None  # bool [T], False for padding among them
     cache: PagedTensors
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int | None, softcap: float | None, tree: ForwardContext
 ) -> Tensor:
-    """Store k and v [B * N, Hkv, D] in the cache of ``layer``, then attend from q [B * N, Hq, D]; the result has q's shape."""
-    tree.cache.write(layer, tree.slots, k, v, tree.layout.live)
-    rows = q.unflatten(0, tree.layout.depth.shape)
-    return tree_attention(rows, tree.cache.k[layer], tree.cache.v[layer], tree.layout, scale, window, softcap).flatten(0, 1)
+    """Store k and v [T, Hkv, D] in the cache of ``layer``, then attend from q [T, Hq, D]; the result has q's shape."""
+    tree.cache.write(layer, tree.slots, k, v, tree.live)
+    keys, values = tree.cache.k[layer], tree.cache.v[layer]
+    results, first = [], 0
+    for layout, rows in zip(tree.parts, tree.rows, strict=True):
+        count = layout.depth.numel() if rows is None else len(rows)
+        part = q[first : first + count]
+        if rows is not None:
+            part = part.new_zeros(layout.depth.numel(), *q.shape[1:]).index_copy_(0, rows, part)
+        out = tree_attention(part.unflatten(0, layout.depth.shape), keys, values, layout, scale, window, softcap).flatten(0, 1)
+        results.append(out if rows is None else out.index_select(0, rows))
+        first += count
+    return results[0] if len(results) == 1 else torch.cat(results)
 
 
 def paged_tree_attention(
@@ -135,16 +157,40 @@ class Target:
             self._features.append(args[0] if args else kwargs["hidden_states"])
 
     def forward(self, tokens: Tensor, layout: TreeLayout, cache: PagedTensors, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """One pass over tokens int64 [B, N], whose K and V go to the layout's slots.
+        """``forward_parts`` of a single part."""
+        return self.forward_parts([Rows(tokens, layout, keep)], cache)[0]
 
-        keep: flat row indices int64 [K] whose logits are wanted, None for all. Returns logits [K or B * N, V] and, with taps, the
-        features [B, N, 3 * H].
+    def forward_parts(self, parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
+        """One pass over the rows of all parts; what a part gets does not depend on the others beside it.
+
+        Returns for each part logits [K or B * N, V] and, with taps, the features [B, N, 3 * H]; both are 0 at rows that are not live.
         """
-        context = ForwardContext(layout, layout.slots.flatten(), cache)
-        positions = layout.positions.clamp(max=self.max_positions - 1).flatten()  # nodes past the end are never accepted
+        rows = [_computed(part.layout) for part in parts]
+        tokens, positions, slots = (
+            _picked([part.tokens for part in parts], rows),
+            _picked([part.layout.positions for part in parts], rows).clamp(max=self.max_positions - 1),  # such nodes are never accepted
+            _picked([part.layout.slots for part in parts], rows),
+        )
+        live = None
+        if any(part.layout.live is not None and picked is None for part, picked in zip(parts, rows, strict=True)):
+            ones = torch.ones((), dtype=torch.bool, device=self.device)
+            live = _picked([ones.expand_as(p.tokens) if p.layout.live is None else p.layout.live for p in parts], rows)
+        context = ForwardContext([part.layout for part in parts], rows, slots, live, cache)
+        keep, counts = _kept(parts, rows)
         run = self.decoder or self._transformers
-        logits, taken = run(tokens.flatten(), positions, context, keep, self.taps)
-        return logits, torch.cat(taken, dim=-1).unflatten(0, tokens.shape) if taken else None
+        logits, taken = run(tokens, positions, context, keep, self.taps)
+        features = torch.cat(taken, dim=-1) if taken else None
+        results, first_row, first_logit = [], 0, 0
+        for part, picked, count in zip(parts, rows, counts, strict=True):
+            width = part.tokens.numel() if picked is None else len(picked)
+            own = logits[first_logit : first_logit + count]
+            own = own if part.keep is not None else _spread(own, part.tokens.numel(), picked)
+            tapped = None
+            if features is not None:
+                tapped = _spread(features[first_row : first_row + width], part.tokens.numel(), picked).unflatten(0, part.tokens.shape)
+            results.append((own, tapped))
+            first_row, first_logit = first_row + width, first_logit + count
+        return results
 
     def _transformers(
         self, tokens: Tensor, positions: Tensor, context: ForwardContext, keep: Tensor | None, taps: tuple[int, ...]
@@ -157,6 +203,38 @@ class Target:
         ).logits[0]
         self._features = None
         return logits, [part[0] for part in taken]
+
+
+def _computed(layout: TreeLayout) -> Tensor | None:
+    """The flat rows to compute, None for all: on a CPU padding costs as much as anything, elsewhere less than leaving it out."""
+    if layout.live is None or layout.live.is_cuda:
+        return None
+    return layout.live.flatten().nonzero()[:, 0]
+
+
+def _picked(values: list[Tensor], rows: list[Tensor | None]) -> Tensor:
+    """The computed rows of all parts one after the other, [T]; values [B, N] each."""
+    flat = [value.flatten() if picked is None else value.flatten()[picked] for value, picked in zip(values, rows, strict=True)]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+
+def _kept(parts: list[Rows], rows: list[Tensor | None]) -> tuple[Tensor | None, list[int]]:
+    """The computed rows whose logits are wanted, None for all, and how many of them each part has."""
+    kept, first, device = [], 0, parts[0].tokens.device
+    for part, picked in zip(parts, rows, strict=True):
+        count = part.tokens.numel() if picked is None else len(picked)
+        own = torch.arange(count, device=device) if part.keep is None else part.keep
+        if part.keep is not None and picked is not None:
+            own = torch.searchsorted(picked, part.keep)
+        kept.append(own + first)
+        first += count
+    everything = all(part.keep is None for part in parts)
+    return None if everything else torch.cat(kept), [len(own) for own in kept]
+
+
+def _spread(values: Tensor, size: int, rows: Tensor | None) -> Tensor:
+    """values [R, ...] at their places ``rows`` among ``size``, zeros elsewhere."""
+    return values if rows is None else values.new_zeros(size, *values.shape[1:]).index_copy_(0, rows, values)
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.engine import Engine
 from server.engine.request import Request
@@ -398,7 +399,7 @@ def test_features_that_wait_for_the_draft_stay_bounded(model: PreTrainedModel, m
     monkeypatch.setattr("server.engine.steps.MAX_PENDING_BYTES", 10 * row_bytes)
     engine = build(model, random_head(model), tree_nodes=12)
     plain = engine.shape.shrunk(1)
-    monkeypatch.setattr(engine, "_choose_shape", lambda batch: plain)
+    monkeypatch.setattr(engine, "_plan", lambda requests: Plan(plain, requests))
     going = Run(engine)
     going.add("0", PROMPTS[4], replace(PARAMS[0], max_tokens=60))
     states = []

@@ -1,12 +1,19 @@
 """The load rule: less drafting under load, none where it does not pay, and it learns."""
 
+import itertools
+from collections import Counter as Tally
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from kernels.best_nodes import best_nodes
 from server.engine import budget
-from server.engine.budget import LoadRule, StepCost, default_acceptance, measure_costs, powers_of_two
+from server.engine.budget import FreeDraftRule, LoadRule, StepCost, default_acceptance, measure_costs, powers_of_two
 from server.engine.drafter import TreeShape, _worthwhile
+from server.engine.request import Request
+from server.engine.types import SamplingParams
+from tests.engine.engines import byte_tokenizer
 
 SHAPE = TreeShape(16, 5, 4)
 ACCEPTANCE = {1: 1.0, 2: 1.6, 4: 2.2, 8: 2.8, 16: 3.2}
@@ -30,67 +37,132 @@ def test_cost_of_a_step() -> None:
     assert cost.tree(levels=4, nodes=10) == pytest.approx(2 + 3 * 0.5 + 1.0)
 
 
-def test_prices_rise_with_the_load_until_it_decodes_plainly() -> None:
-    rule = LoadRule(SHAPE, machine(0.1, 0.02), ACCEPTANCE)
-    shapes = [rule.choose(batch) for batch in BATCHES]
-    drafting = [shape for shape in shapes if shape.nodes > 1]
-    assert shapes[0] in drafting
-    assert shapes[-1] == SHAPE.shrunk(1)
-    assert shapes[: len(drafting)] == drafting, "once too busy, always too busy"
-    per_request = [shape.node_price / batch for shape, batch in zip(drafting, BATCHES, strict=False)]
-    assert per_request == sorted(per_request)
+def request(name: str, temperature: float = 0.0, limit: int | None = None) -> Request:
+    params = SamplingParams(max_tokens=100, temperature=temperature, max_draft_nodes=limit)
+    return Request.create(name, [1, 2, 3], params, 0, frozenset(), byte_tokenizer().backend_tokenizer, 260)
+
+
+def crowd(count: int, temperature: float = 0.0) -> list[Request]:
+    return [request(str(i), temperature) for i in range(count)]
+
+
+def play(rule: LoadRule, requests: list[Request], accepted: Callable[[Request], int], steps: int) -> list[list[str]]:
+    """Who drafted in each of ``steps`` steps, where a request's draft of 8 nodes has so many accepted."""
+    history = []
+    for _ in range(steps):
+        plan = rule.choose(requests)
+        history.append(sorted(r.request_id for r in plan.drafting))
+        plan.levels = 3
+        plan.drafts = [(r, 8, accepted(r)) for r in plan.drafting]
+        rule.observe(plan)
+    return history
+
+
+def test_prices_rise_with_the_load_until_nobody_drafts() -> None:
+    rule = LoadRule(SHAPE, machine(0.1, 0.05), ACCEPTANCE)
+    plans = [rule.choose(crowd(batch)) for batch in BATCHES]
+    busy = [len(plan.drafting) < batch for plan, batch in zip(plans, BATCHES, strict=True)]
+    assert not busy[0]
+    assert not plans[-1].drafting
+    assert plans[-1].shape == SHAPE.shrunk(1)
+    assert busy == sorted(busy), "once too busy, always too busy"
+    prices = [plan.shape.node_price for plan in plans if plan.drafting]
+    assert prices == sorted(prices)
+    assert prices[0] > 0
 
 
 def test_prices_are_what_the_time_would_bring_otherwise() -> None:
-    rule = LoadRule(SHAPE, {4: StepCost(plain=0.1, base=0.2, level=0.02, node=0.001)}, ACCEPTANCE)
-    shape = rule.choose(4)
-    tokens_per_second = 4 * rule.gain(4) / 0.1
-    assert shape.level_price == pytest.approx(tokens_per_second * 0.02)
-    assert shape.node_price == pytest.approx(tokens_per_second * 0.001)
+    rule = LoadRule(SHAPE, {4: StepCost(plain=0.1, base=0.12, level=0.004, node=0.001)}, ACCEPTANCE)
+    requests = crowd(4)
+    tokens = 4 + sum(rule._worth_of(r) for r in requests)
+    shape = rule.choose(requests).shape
+    tokens_per_second = tokens / rule._seconds(4, 4)
+    assert shape.level_price == pytest.approx(tokens_per_second * 0.004)
+    assert shape.node_price == pytest.approx(tokens_per_second * 0.001 / 4)
 
 
-def test_a_batch_between_measured_sizes_counts_as_the_next_larger() -> None:
-    rule = LoadRule(SHAPE, machine(0.1, 0.02, (1, 4)), ACCEPTANCE)
-    assert rule.gain(3) == rule.gain(4)
-    assert rule.gain(100) == rule.gain(4)
-    assert rule.gain(1) > rule.gain(4)
+def test_a_step_costs_what_its_drafting_requests_cost() -> None:
+    costs = {1: StepCost(1.0, 1.5, 0.1, 0.01), 8: StepCost(2.0, 4.0, 0.4, 0.16)}
+    rule = LoadRule(SHAPE, costs, ACCEPTANCE)
+    for measured, drafting in ((1, 1), (8, 5)):
+        levels, nodes = rule._sizes[measured]
+        own = costs[measured]
+        expected = 2.0 + (own.base - own.plain) + own.level * (levels - 1) + 0.16 / 8 * nodes * drafting
+        assert rule._seconds(8, drafting) == pytest.approx(expected)
+    assert rule._seconds(8, 8) == pytest.approx(costs[8].tree(rule._sizes[8].levels, rule._sizes[8].nodes))
 
 
-def test_a_gain_within_the_error_of_the_estimate_is_not_taken() -> None:
-    def rule(accepted: float) -> LoadRule:
-        return LoadRule(SHAPE, {1: StepCost(1.0, budget.OPTIMISM, 0.0, 0.0)}, {1: 1.0, 16: accepted})
+def test_hard_requests_do_not_draft_and_easy_ones_do() -> None:
+    rule = LoadRule(SHAPE, machine(0.02, 0.04), ACCEPTANCE)
+    requests = crowd(8)
+    history = play(rule, requests, lambda r: 5 if r.request_id in "05" else 0, 60)
+    late = Tally(name for step in history[30:] for name in step)
+    assert late["0"] == late["5"] == 30
+    assert sum(late.values()) - 60 <= 12, "the others are tried now and then"
 
-    assert rule(budget.MIN_GAIN - 0.01).choose(1).nodes == 1
-    assert rule(budget.MIN_GAIN + 0.01).choose(1).nodes == 16
+
+def test_a_request_that_becomes_easy_is_found_and_one_that_becomes_hard_is_dropped_within_20_steps() -> None:
+    rule = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE)
+    requests = crowd(1)
+    assert play(rule, requests, lambda _: 4, 30) == [["0"]] * 30
+    dropping = play(rule, requests, lambda _: 0, 40)
+    assert [] in dropping[:20]
+    assert sum(map(len, dropping[20:])) <= 2
+    rule, requests = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE), crowd(1)
+    play(rule, requests, lambda _: 0, 20)
+    rising = play(rule, requests, lambda _: 8, 40)
+    found = rising.index(["0"])
+    assert found < 20
+    assert rising[found:] == [["0"]] * (40 - found)
 
 
-def test_poor_acceptance_turns_speculation_off_and_it_comes_back() -> None:
+def test_useless_tries_become_rare() -> None:
+    rule = LoadRule(SHAPE, machine(0.5, 0.5), ACCEPTANCE)
+    history = play(rule, crowd(4), lambda _: 0, 1000)
+    tries = [i for i, step in enumerate(history) if step]
+    gaps = [after - before for before, after in itertools.pairwise(tries)]
+    assert all(len(history[i]) == 1 for i in tries[3:]), "one request at a time"
+    assert max(gaps) == gaps[-1] == budget.MAX_PROBE
+
+
+def test_what_the_warm_accept_says_nothing_about_the_cold() -> None:
     rule = LoadRule(SHAPE, machine(0.1, 0.02), ACCEPTANCE)
-    steps = 0
-    while rule.choose(4).nodes > 1:
-        rule.observe(4, 5, 16, [0, 0, 0, 0])
-        steps += 1
-    assert 3 < steps < 100
-    assert rule.choose(1).nodes > 1, "another batch size has its own estimate"
-    for _ in range(3000):
-        if rule.choose(4).nodes > 1:
-            break
-        rule.observe(4, 0, 1, [])
-    assert rule.choose(4).nodes > 1, "plain steps forget, so that speculation is tried again"
+    cold, warm = rule._worth_of(request("a")), rule._worth_of(request("b", 1.0))
+    assert warm < cold
+    play(rule, [request("c", 1.0)], lambda _: 0, 30)
+    assert rule._worth_of(request("a")) == cold
+    assert rule._worth_of(request("b", 1.0)) < warm
+
+
+def test_a_load_that_leaves_no_room_is_followed_at_once() -> None:
+    rule = LoadRule(SHAPE, {1: StepCost(1.0, 1.2, 0.05, 0.02), 32: StepCost(1.0, 4.0, 1.0, 1.0)}, ACCEPTANCE)
+    assert play(rule, crowd(1), lambda _: 4, 5) == [["0"]] * 5
+    assert play(rule, crowd(32), lambda _: 4, 5) == [[]] * 5
+    assert play(rule, crowd(1), lambda _: 4, 5) == [["0"]] * 5
+
+
+def test_who_may_not_draft_does_not() -> None:
+    rule = LoadRule(SHAPE, machine(0.0, 0.0), ACCEPTANCE)
+    requests = [request("may"), request("may not", limit=0)]
+    assert play(rule, requests, lambda _: 3, 20) == [["may"]] * 20
+    assert play(rule, requests[1:], lambda _: 3, 20) == [[]] * 20
 
 
 def test_the_estimate_meets_the_truth() -> None:
-    rule = LoadRule(SHAPE, machine(0.1, 0.02), ACCEPTANCE)
-    for _ in range(400):
-        rule.observe(2, 3, 8, [1, 2])
-    assert rule.gain(2) == pytest.approx(2.5 / (1 + 2 * 0.1 + 8 * 0.04), abs=0.01)
-
-
-def test_requests_that_draft_nothing_bring_one_token() -> None:
     rule = LoadRule(SHAPE, machine(0.0, 0.0), ACCEPTANCE)
-    for _ in range(400):
-        rule.observe(4, 3, 8, [2, 1])
-    assert rule.gain(4) == pytest.approx((2 * 1 + 3 + 2) / 4, abs=0.01)
+    requests = crowd(2)
+    play(rule, requests, lambda r: 1 + int(r.request_id), 400)
+    assert [r.worth for r in requests] == pytest.approx([1, 2], abs=0.01)
+    assert rule._worth_of(request("new")) == pytest.approx(1.5, abs=0.05)
+    assert rule._sizes[2] == pytest.approx((3, 8), abs=0.01)
+
+
+def test_free_drafts_are_always_looked_up() -> None:
+    cost = StepCost(plain=1.0, base=1.1, level=0.0, node=0.05)
+    plan = FreeDraftRule(SHAPE, {1: cost, 4: cost}, ACCEPTANCE).choose([*crowd(3), request("x", limit=0)])
+    assert len(plan.drafting) == 3
+    assert plan.shape.level_price == pytest.approx(budget.MIN_GAIN * 4 * 1.15 - 4)
+    assert plan.shape.node_price == pytest.approx(budget.MIN_GAIN * 0.05)
 
 
 def test_default_acceptance_grows_slowly() -> None:
@@ -116,12 +188,12 @@ def test_shrunk_shapes_hold_their_nodes() -> None:
 def test_levels_and_nodes_are_bought_at_their_price() -> None:
     scores = torch.tensor([[0.6, 0.3, 0.02], [0.9, 0.05, 0.01]]).log()  # columns bring 1.5, 0.35 and 0.03 tokens
     assert _worthwhile(scores, SHAPE) == 3, "free"
-    assert _worthwhile(scores, SHAPE._replace(node_price=0.1)) == 2
-    assert _worthwhile(scores, SHAPE._replace(node_price=0.5)) == 1
-    assert _worthwhile(scores, SHAPE._replace(node_price=2.0)) == 0
+    assert _worthwhile(scores, SHAPE._replace(node_price=0.05)) == 2
+    assert _worthwhile(scores, SHAPE._replace(node_price=0.25)) == 1
+    assert _worthwhile(scores, SHAPE._replace(node_price=1.0)) == 0
     assert _worthwhile(scores, SHAPE._replace(level_price=1.8)) == 3
     assert _worthwhile(scores, SHAPE._replace(level_price=2.0)) == 0
-    assert _worthwhile(scores, SHAPE._replace(level_price=1.8, node_price=0.5)) == 0
+    assert _worthwhile(scores, SHAPE._replace(level_price=1.8, node_price=0.25)) == 0
 
 
 @pytest.mark.parametrize(("price", "nodes"), [(0.0, 6), (0.04, 5), (0.15, 4), (0.4, 3), (5.0, 2)])
@@ -180,7 +252,4 @@ def test_measuring_ends_and_larger_batches_then_decode_plainly(monkeypatch: pyte
     costs = measure_costs(true_cost, SHAPE, 32)
     assert costs[1].base < 1 < costs[32].base
     rule = LoadRule(SHAPE, costs, ACCEPTANCE)
-    assert rule.choose(32) == SHAPE.shrunk(1)
-    for _ in range(100):
-        rule.observe(32, 0, 1, [])
-    assert rule.choose(32) == SHAPE.shrunk(1)
+    assert not any(play(rule, crowd(32), lambda _: 5, budget.PROBE - 1))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from server.engine.budget import Plan
+from server.engine.request import Request
 from server.engine.types import SamplingParams, Tree
 from tests.engine.engines import EOS, Result, build, byte_tokenizer, random_head, run, tiny_model
 from tests.engine.guided import Guide
@@ -148,7 +150,13 @@ def test_tree_sizes_that_change_every_step(model: PreTrainedModel, expected: Tab
     full = engine.shape
     priced = [full._replace(level_price=level, node_price=node) for level, node in ((0.3, 0.0), (0.5, 0.05), (0.0, 0.2))]
     shapes = itertools.cycle([*priced, *(full.shrunk(nodes) for nodes in (33, 1, 2, 16, 1, 1, 5, 3, 8))])
-    monkeypatch.setattr(engine, "_choose_shape", lambda batch: next(shapes))
+    steps = itertools.count()
+
+    def plan(requests: list[Request]) -> Plan:
+        """Now all draft, now those of odd places."""
+        return Plan(next(shapes), requests[next(steps) % 2 :: 2] if next(steps) % 3 == 0 else requests)
+
+    monkeypatch.setattr(engine, "_plan", plan)
     keys = [(name, i) for i in range(len(PROMPTS)) for name in OPTIONS]
     results = run(engine, [(PROMPTS[i], OPTIONS[name]) for name, i in keys])
     for key, result in zip(keys, results, strict=True):

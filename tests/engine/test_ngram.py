@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from server.engine.budget import FreeDraftRule, StepCost
+from server.engine.budget import FreeDraftRule, Plan, StepCost
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig
 from server.engine.drafter import TreeShape
@@ -253,7 +253,7 @@ def test_sizes_that_change_every_step(model: PreTrainedModel, expected: list[lis
         engine = build(model, head, draft=NGRAM, tree_nodes=24)
         rng, full = random.Random(0), engine.shape
         shapes = [full, full.shrunk(1), full.shrunk(5), full._replace(level_price=1.0), full._replace(node_price=0.2)]
-        monkeypatch.setattr(engine, "_choose_shape", lambda batch, rng=rng, shapes=shapes: rng.choice(shapes))
+        monkeypatch.setattr(engine, "_plan", lambda requests, rng=rng, shapes=shapes: Plan(rng.choice(shapes), requests))
         assert [result.token_ids for result in run(engine, REQUESTS)] == expected
 
 
@@ -298,9 +298,10 @@ def test_a_failing_lookup_only_costs_the_draft(model: PreTrainedModel, expected:
 def test_a_tree_must_bring_more_than_it_costs() -> None:
     cheap, dear = StepCost(1.0, 1.0, 0.0, 0.01), StepCost(1.0, 3.0, 0.0, 0.5)
     for cost, worth in ((cheap, True), (dear, False)):
-        shape = FreeDraftRule(TreeShape(16, 1, 1), {4: cost}, {1: 1.0, 16: 1.0}).choose(4)
+        requests = [request([5, 6, 7, 8] * 4, replace(BASE, temperature=0.0))] * 4
+        shape = FreeDraftRule(TreeShape(16, 1, 1), {4: cost}, {1: 1.0, 16: 1.0}).choose(requests).shape
         assert shape.nodes == 16, "the decision waits for the trees"
-        found = Ngrams().find([request([5, 6, 7, 8] * 4, replace(BASE, temperature=0.0))] * 4, 16)
+        found = Ngrams().find(requests, 16)
         assert (found.worthwhile(shape.level_price, shape.node_price).pool is not None) == worth
 
 

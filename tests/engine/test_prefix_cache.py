@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from server.engine.budget import Plan
 from server.engine.engine import Engine
 from server.engine.request import Request
 from server.engine.types import SamplingParams
@@ -191,7 +192,7 @@ def test_speculation_that_is_off_delays_the_offer(model: PreTrainedModel, monkey
     """Without trees the draft's rows lag behind, and half a block is not to be had; they are made up for when the request ends."""
     engine = engine_of(model)
     plain = engine.shape.shrunk(1)
-    monkeypatch.setattr(engine, "_choose_shape", lambda batch: plain)
+    monkeypatch.setattr(engine, "_plan", lambda requests: Plan(plain, requests))
     prompt = words(17)
     going = Run(engine)
     going.add("0", prompt, GREEDY)
