@@ -11,6 +11,7 @@ import pytest
 from fastapi import FastAPI
 
 from tests.server.fake_engine import FakeEngine
+from tests.server.sse import read_events
 
 pytestmark = pytest.mark.anyio
 
@@ -22,14 +23,7 @@ async def wait_until(condition: Callable[[], Any]) -> None:
 
 
 async def events(client: httpx.AsyncClient, **body: object) -> list[dict]:
-    """The events of a stream; the wire form is checked on the way."""
-    response = await client.post("/v1/completions", json={"prompt": "hey", "stream": True, **body})
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    *parts, done, rest = response.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    assert all(part.startswith("data: {") and "\n" not in part for part in parts)
-    return [json.loads(part.removeprefix("data: ")) for part in parts]
+    return read_events(await client.post("/v1/completions", json={"prompt": "hey", "stream": True, **body}))
 
 
 def text(parts: list[dict], index: int = 0) -> str:
