@@ -18,7 +18,7 @@ router = APIRouter()
 async def create_chat_completion(body: ChatRequest, http: Request, service: CurrentService, stack: RequestStack) -> Response:
     """Answer a conversation."""
     check_options(body, 1, service)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise APIError(400, "top_logprobs: only allowed when logprobs is true.", param="top_logprobs")
     text = await render(body, service)
     prompts = await service.encode([text], body.add_special_tokens, param="messages")

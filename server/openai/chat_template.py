@@ -44,14 +44,10 @@ def _template(body: Conversation, service: Service) -> str:
 
 
 def _render(tokenizer: Any, template: str, body: Conversation) -> str:
-    messages = [message.model_dump(exclude_none=True) for message in body.messages]
-    if "developer" not in template:  # the newer name of the same role
-        for message in messages:
-            message["role"] = "system" if message["role"] == "developer" else message["role"]
     try:
         with _TimeLimit(RENDER_SECONDS):
             text = tokenizer.apply_chat_template(
-                messages,
+                _messages(body, template),
                 chat_template=template,
                 add_generation_prompt=body.opens_turn,
                 continue_final_message=body.continue_final_message,
@@ -66,7 +62,17 @@ def _render(tokenizer: Any, template: str, body: Conversation) -> str:
         raise APIError(400, f"messages: the chat template fails on them ({type(error).__name__}).", param="messages") from error
     if not is_text(text):
         raise APIError(400, "messages: they hold half of a surrogate pair, which is no character.", param="messages")
+    if not text:
+        raise APIError(400, "messages: the chat template makes an empty prompt of them.", param="messages")
     return str(text)
+
+
+def _messages(body: Conversation, template: str) -> list[dict[str, Any]]:
+    messages = [message.model_dump(exclude_none=True) for message in body.messages]
+    if "developer" not in template:  # the newer name of the same role
+        for message in messages:
+            message["role"] = "system" if message["role"] == "developer" else message["role"]
+    return messages
 
 
 class _TimeLimit:

@@ -24,10 +24,14 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-CHAT_TEMPLATE = """{% for message in messages %}\
-{% if message.role == "tool" and not message.tool_call_id %}{{ raise_exception("a tool must say which call it answers") }}{% endif %}\
-[{{ message.role }}]{{ message.content }}{% for call in message.tool_calls %}{{ call.function.name }}({{ call.function.arguments.x }}){% endfor %}
-{% endfor %}{% if add_generation_prompt %}[assistant]{{ mood }}{% endif %}"""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' and not message.tool_call_id %}{{ raise_exception('a tool must say which call it answers') }}{% endif %}"
+    "[{{ message.role }}]{{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call.function.name }}({{ call.function.arguments.x }}){% endfor %}"
+    "{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{{ mood }}{% endif %}"
+)
 
 
 class FakeEngine:

@@ -131,7 +131,7 @@ async def test_templates_of_requests_where_they_are_trusted(serve: Serve) -> Non
         assert await prompt_tokens("{{ messages[0].content }}") == 3
         for template in ("{{", "{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ 1 / 0 }}", "{% include 'x' %}"):
             check(await client.post(PATH, json={"messages": HEY, "chat_template": template}), 400, param="messages")
-        check(await client.post(PATH, json={"messages": HEY, "chat_template": ""}), 400)
+        check(await client.post(PATH, json={"messages": HEY, "chat_template": ""}), 400, param="messages")
         large = "x" * (chat_template.MAX_TEMPLATE_CHARACTERS + 1)
         check(await client.post(PATH, json={"messages": HEY, "chat_template": large}), 400, param="chat_template")
         long = "{% for i in range(20000) %}{{ messages[0].content }}{% endfor %}"

@@ -2,6 +2,7 @@
 
 import httpx
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tests.server.fake_engine import CHAT_TEMPLATE, FakeEngine
 from tests.server.test_errors import check
@@ -46,8 +47,6 @@ async def test_special_tokens_around_a_prompt(client: httpx.AsyncClient, engine:
 
 
 def _begin_with_eos(token: int) -> object:
-    from tokenizers.processors import TemplateProcessing
-
     return TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", token)])
 
 
