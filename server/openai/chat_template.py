@@ -1,10 +1,9 @@
 """Conversations as the text of a prompt, by the model's chat template."""
 
 import asyncio
+import ctypes
 import inspect
-import sys
-import time
-from types import FrameType
+import threading
 from typing import Any
 
 from jinja2 import TemplateError
@@ -54,7 +53,7 @@ def _render(tokenizer: Any, template: str, body: Conversation) -> str:
                 tokenize=False,
                 **body.chat_template_kwargs,
             )
-    except TimeoutError:
+    except _Overdue:
         raise APIError(400, f"messages: the chat template took longer than {RENDER_SECONDS:g} seconds.", param="messages") from None
     except TemplateError as error:  # often the template's own words, on which roles it takes
         raise APIError(400, f"messages: the chat template refuses them: {str(error)[:500]}", param="messages") from error
@@ -75,23 +74,32 @@ def _messages(body: Conversation, template: str) -> list[dict[str, Any]]:
     return messages
 
 
-class _TimeLimit:
-    """Raises TimeoutError in this thread once ``seconds`` are over, at the next line or call of Python code.
+class _Overdue(BaseException):
+    """No Exception, so that nothing between the template and here takes it for one."""
 
-    A thread cannot be ended from outside, and a template could loop without end.
+
+class _TimeLimit:
+    """Raises _Overdue in the thread that entered, at its next Python instruction once ``seconds`` are over.
+
+    A thread cannot be ended from outside, and a template could loop without end. Tracing would slow every thread down.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._open = True
+        self._thread = ctypes.c_ulong(threading.get_ident())
+        self._timer = threading.Timer(seconds, self._interrupt)
+        self._timer.daemon = True
 
     def __enter__(self) -> None:
-        self._deadline, self._before = time.monotonic() + self._seconds, sys.gettrace()
-        sys.settrace(self._trace)
+        self._timer.start()
 
     def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
+        with self._lock:
+            self._open = False
+        self._timer.cancel()  # what was raised at the last moment arrives here at the latest
 
-    def _trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if time.monotonic() > self._deadline:
-            raise TimeoutError
-        return self._trace if frame.f_code.co_filename == "<template>" else None
+    def _interrupt(self) -> None:
+        with self._lock:
+            if self._open:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(self._thread, ctypes.py_object(_Overdue))

@@ -7,6 +7,7 @@ import pytest
 
 from server.app import create_app
 from server.settings import Settings
+from tests.server.clients import serving
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -14,11 +15,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 async def locked(engine: FakeEngine, anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(engine, Settings(api_key="Secret"))
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
-    ):
+    async with serving(engine, api_key="Secret") as client:
         yield client
 
 

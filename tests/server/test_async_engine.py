@@ -88,7 +88,7 @@ async def test_capacity(runner: AsyncEngine, engine: FakeEngine) -> None:
         await drain(stream)
 
 
-async def test_capacity_in_tokens(engine: FakeEngine, anyio_backend: str) -> None:
+async def test_capacity_in_tokens(engine: FakeEngine) -> None:
     """Tokens count until the request has made one of its own, or is gone; the first to come is always taken."""
     runner = AsyncEngine(engine, 9, lambda stats: None, max_queued_tokens=5)
     runner.start()

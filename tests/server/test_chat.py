@@ -3,8 +3,8 @@
 import httpx
 import pytest
 
+from tests.server.clients import read_events
 from tests.server.fake_engine import FakeEngine
-from tests.server.sse import read_events
 
 pytestmark = pytest.mark.anyio
 HEY = [{"role": "user", "content": "hey"}]

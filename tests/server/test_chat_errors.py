@@ -2,38 +2,19 @@
 
 import json
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import httpx
 import pytest
 
-from server.app import create_app
 from server.openai import chat_template
 from server.openai.chat_protocol import MAX_MESSAGES
-from server.settings import Settings
+from tests.server.clients import JSON, check, serving
 from tests.server.fake_engine import FakeEngine
-from tests.server.test_errors import JSON, check
 
 pytestmark = pytest.mark.anyio
 PATH = "/v1/chat/completions"
 HEY = [{"role": "user", "content": "hey"}]
 CALL = {"id": "c1", "type": "function", "function": {"name": "area", "arguments": "{}"}}
-Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
-
-
-@pytest.fixture
-def serve(anyio_backend: str) -> Serve:
-    @asynccontextmanager
-    async def serve(template: str | None, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
-        app = create_app(FakeEngine(template), Settings(**settings))
-        async with (
-            app.router.lifespan_context(app),
-            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
-        ):
-            yield client
-
-    return serve
 
 
 @pytest.mark.parametrize(
@@ -112,16 +93,16 @@ async def test_half_of_a_surrogate_pair_in_a_field_of_the_template(client: httpx
     check(await client.post(PATH, content=body, headers=JSON), 400, param="messages")
 
 
-async def test_model_without_a_template(serve: Serve) -> None:
-    async with serve(None) as client:
+async def test_model_without_a_template() -> None:
+    async with serving(FakeEngine(None)) as client:
         assert "/v1/completions" in check(await client.post(PATH, json={"messages": HEY}), 400, param="messages")
         check(await client.post("/tokenize", json={"messages": HEY}), 400, param="messages")
         assert (await client.get("/tokenizer_info")).json()["chat_template"] is None
         assert (await client.post("/tokenize", json={"prompt": "x"})).status_code == 200
 
 
-async def test_templates_of_requests_where_they_are_trusted(serve: Serve) -> None:
-    async with serve(None, trust_request_chat_template=True) as client:
+async def test_templates_of_requests_where_they_are_trusted() -> None:
+    async with serving(FakeEngine(None), trust_request_chat_template=True) as client:
 
         async def prompt_tokens(template: str) -> int:
             answer = await client.post(PATH, json={"messages": HEY, "max_tokens": 1, "chat_template": template})
@@ -139,10 +120,10 @@ async def test_templates_of_requests_where_they_are_trusted(serve: Serve) -> Non
 
 
 @pytest.mark.parametrize("loop", ["{{ x }}", "{% set y = x %}", "{% for z in range(99999) %}{% endfor %}"])
-async def test_template_without_end_is_stopped(serve: Serve, monkeypatch: pytest.MonkeyPatch, loop: str) -> None:
+async def test_template_without_end_is_stopped(monkeypatch: pytest.MonkeyPatch, loop: str) -> None:
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.1)
     ranges = "".join(f"{{% for {name} in range(99999) %}}" for name in "abx")
-    async with serve(f"{ranges}{loop}{'{% endfor %}' * 3}") as client:
+    async with serving(FakeEngine(f"{ranges}{loop}{'{% endfor %}' * 3}")) as client:
         start = time.monotonic()
         assert "longer than 0.1 seconds" in check(await client.post(PATH, json={"messages": HEY}), 400, param="messages")
         assert time.monotonic() - start < 5

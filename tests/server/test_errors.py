@@ -1,5 +1,6 @@
 """Every refusal has the right status and the shape of the OpenAI API."""
 
+import asyncio
 import json
 import re
 
@@ -7,30 +8,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from server.app import create_app
 from server.engine.async_engine import EngineRequest
 from server.engine.types import SamplingParams
 from server.openai.protocol import MAX_CHOICES, MAX_LOGIT_BIAS, MAX_STOP_TOKENS, GenerationRequest
-from server.settings import Settings
+from tests.server.clients import JSON, check, serving, wait_until
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
-JSON = {"content-type": "application/json"}
-
-
-def check(response: httpx.Response, status: int, param: str | None = None, code: str | None = None) -> str:
-    """The response is an error as described; returns its message."""
-    assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
-    assert response.headers["x-request-id"]
-    assert set(response.json()) == {"error"}
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
-    assert (error["param"], error["code"]) == (param, code)
-    assert isinstance(error["message"], str)
-    assert error["message"]
-    return error["message"]
 
 
 @pytest.mark.parametrize(
@@ -160,20 +144,17 @@ async def test_more_than_the_server_ever_holds(client: httpx.AsyncClient, engine
     assert not engine.params
 
 
-async def test_too_many_tokens_wait(engine: FakeEngine, anyio_backend: str) -> None:
-    app = create_app(engine, Settings(max_queued_tokens=10))
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
-    ):
+async def test_too_many_tokens_wait(engine: FakeEngine) -> None:
+    async with serving(engine, max_queued_tokens=10) as client:
         engine.gate.clear()
-        async with app.state.service.engine.generate([EngineRequest("a", [1] * 6, SamplingParams(max_tokens=2))]) as waiting:
-            response = await client.post("/v1/completions", json={"prompt": "12345", "stream": True})
-            check(response, 503, code="server_overloaded")
-            assert response.headers["retry-after"]
-            engine.gate.set()
-            await anext(waiting)
-            assert (await client.post("/v1/completions", json={"prompt": "x" * 50})).status_code == 200, "nothing waits any more"
+        waiting = asyncio.ensure_future(client.post("/v1/completions", json={"prompt": "123456"}))
+        await wait_until(lambda: engine.requests)
+        response = await client.post("/v1/completions", json={"prompt": "12345", "stream": True})
+        check(response, 503, code="server_overloaded")
+        assert int(response.headers["retry-after"]) > 0
+        engine.gate.set()
+        assert (await waiting).status_code == 200
+        assert (await client.post("/v1/completions", json={"prompt": "x" * 50})).status_code == 200, "nothing waits any more"
 
 
 async def test_unknown_path_and_wrong_method(client: httpx.AsyncClient) -> None:

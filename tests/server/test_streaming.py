@@ -3,23 +3,16 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.server.clients import read_events, wait_until
 from tests.server.fake_engine import FakeEngine
-from tests.server.sse import read_events
 
 pytestmark = pytest.mark.anyio
-
-
-async def wait_until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 async def events(client: httpx.AsyncClient, **body: object) -> list[dict]:

@@ -4,8 +4,8 @@ import httpx
 import pytest
 from tokenizers.processors import TemplateProcessing
 
+from tests.server.clients import check
 from tests.server.fake_engine import CHAT_TEMPLATE, FakeEngine
-from tests.server.test_errors import check
 
 pytestmark = pytest.mark.anyio
 HEY = [{"role": "user", "content": "hey"}]
