@@ -21,5 +21,5 @@ async def create_chat_completion(body: ChatRequest, http: Request, service: Curr
     if body.top_logprobs and not body.logprobs:
         raise APIError(400, "top_logprobs: only allowed when logprobs is true.", param="top_logprobs")
     text = await render(body, service)
-    prompts = await service.encode([text], body.add_special_tokens, param="messages")
+    prompts = await service.encode([text], body.add_special_tokens)
     return await respond(body, prompts, [ChatChoiceBuilder(i, body, service) for i in range(body.n)], FORM, service, http, stack)

@@ -1,6 +1,7 @@
 """Engine outputs as the choices of a chat completion, whole or as deltas."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from server.engine.types import RequestOutput, TokenLogprob
 from server.openai.chat_protocol import (
@@ -33,7 +34,7 @@ class ChatChoiceBuilder(ChoiceBuilder):
     def events(self, outputs: list[RequestOutput]) -> Iterator[ChatChunkChoice]:
         """The role, then text, then the reason why it ended."""
         text, outcome = self._take(outputs)
-        going_on = {"index": self.index, "finish_reason": None, "stop_reason": None}
+        going_on: dict[str, Any] = {"index": self.index, "finish_reason": None, "stop_reason": None}
         if not self._begun:
             self._begun = True
             yield ChatChunkChoice(delta=Delta(role="assistant", content=""), logprobs=None, **going_on)

@@ -81,7 +81,7 @@ class Reply:
     ) -> None:
         self._body, self._prompts, self._builders, self._form, self._service = body, prompts, builders, form, service
         self._id = f"{form.prefix}-{uuid.uuid4().hex}"
-        self._head = {"id": self._id, "created": int(time.time()), "model": service.model_name}
+        self._head: dict[str, Any] = {"id": self._id, "created": int(time.time()), "model": service.model_name}
         self._index = {f"{self._id}-{builder.index}": builder.index for builder in builders}
         self._prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
 
