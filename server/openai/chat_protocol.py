@@ -16,8 +16,8 @@ def join_parts(content: Any) -> Any:
         return content
     for i, part in enumerate(content):
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(f'part {i} is of type {kind!r}; only {{"type": "text", "text": "..."}} is supported')
+            kind = str(part.get("type") if isinstance(part, dict) else type(part).__name__)
+            raise ValueError(f'part {i} is of type {kind[:40]!r}; only {{"type": "text", "text": "..."}} is supported')
     return "\n".join(part["text"] for part in content)
 
 

@@ -4,7 +4,7 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, FailFast, Field
 
 from server.openai.chat_protocol import MAX_MESSAGES, Conversation, Message
 from server.openai.chat_template import render
@@ -35,7 +35,7 @@ class TokenizeResponse(BaseModel):
 
 
 class DetokenizeRequest(RequestBody):
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], FailFast()]
 
 
 class DetokenizeResponse(BaseModel):

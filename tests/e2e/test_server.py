@@ -85,9 +85,12 @@ def test_openai_chat_client(client: openai.OpenAI, http: httpx.Client) -> None:
 
 
 def test_chat_goes_on_to_the_end_of_the_context(http: httpx.Client) -> None:
-    body = {"messages": CHAT, "ignore_eos": True, "temperature": 0}
+    words = "one two three "
+    tokens = http.post("/tokenize", json={"prompt": words * 10}).json()
+    repeats = (tokens["max_model_len"] - 100) * 10 // tokens["count"]
+    body = {"messages": [{"role": "user", "content": words * repeats}], "ignore_eos": True, "temperature": 0}
     answer = http.post("/v1/chat/completions", json=body).json()
-    assert answer["usage"]["total_tokens"] == http.get("/v1/models").json()["data"][0]["max_model_len"]
+    assert answer["usage"]["total_tokens"] == tokens["max_model_len"]
     assert answer["choices"][0]["finish_reason"] == "length"
     if figures := answer["metrics"]["speculative_decoding"]:
         plain = http.post("/v1/chat/completions", json={**body, "speculation": {"enabled": False}}).json()
@@ -204,7 +207,8 @@ def test_queue_full_and_then_not(http: httpx.Client, server: Server) -> None:
     assert http.post("/v1/completions", json={"prompt": ["x"] * 17, "max_tokens": 1}).status_code == 400
     body = {"prompt": ["x"] * 16, "max_tokens": 400, "stream": True, "ignore_eos": True}
     with httpx.Client(base_url=server.url, timeout=60) as other, other.stream("POST", "/v1/completions", json=body) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # a reader that is forgotten hangs up
+        next(lines)
         response = http.post("/v1/chat/completions", json={"messages": CHAT, "stream": True})
         assert response.status_code == 503
         assert response.headers["retry-after"]

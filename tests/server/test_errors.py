@@ -15,21 +15,34 @@ from tests.server.clients import JSON, check, serving, wait_until
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
+POST_ROUTES = ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"]
+
+
+def body_for(path: str) -> dict:
+    """A request that the route answers."""
+    if "chat" in path:
+        return {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    return {"tokens": [1]} if path == "/detokenize" else {"prompt": "x"}
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b'{"prompt": "x"', b"\xff\xfe", b"[" * 10_000, b'"text"', b"[]", b"null", b'{"prompt": "x", "max_tokens": 1e}']
 )
-async def test_broken_body(client: httpx.AsyncClient, content: bytes) -> None:
-    check(await client.post("/v1/completions", content=content, headers=JSON), 400)
+@pytest.mark.parametrize("path", POST_ROUTES)
+async def test_broken_body(client: httpx.AsyncClient, content: bytes, path: str) -> None:
+    check(await client.post(path, content=content, headers=JSON), 400)
 
 
-async def test_wrong_content_type(client: httpx.AsyncClient) -> None:
-    check(await client.post("/v1/completions", content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}), 400)
+@pytest.mark.parametrize("path", POST_ROUTES)
+async def test_wrong_content_type(client: httpx.AsyncClient, path: str) -> None:
+    body = body_for(path)
+    check(await client.post(path, content=json.dumps(body), headers={"content-type": "text/plain"}), 400)
+    assert (await client.post(path, json=body)).status_code == 200
 
 
-async def test_body_over_the_limit(client: httpx.AsyncClient) -> None:
-    check(await client.post("/v1/completions", content=b" " * (33 * 2**20), headers=JSON), 413)
+@pytest.mark.parametrize("path", [*POST_ROUTES, "/nothing"])
+async def test_body_over_the_limit(client: httpx.AsyncClient, path: str) -> None:
+    check(await client.post(path, content=b" " * (33 * 2**20), headers=JSON), 413)
 
 
 async def test_body_over_the_limit_without_length(client: httpx.AsyncClient) -> None:
@@ -157,14 +170,22 @@ async def test_too_many_tokens_wait(engine: FakeEngine) -> None:
         assert (await client.post("/v1/completions", json={"prompt": "x" * 50})).status_code == 200, "nothing waits any more"
 
 
-async def test_unknown_path_and_wrong_method(client: httpx.AsyncClient) -> None:
+@pytest.mark.parametrize("path", POST_ROUTES)
+async def test_unknown_model_on_every_route(client: httpx.AsyncClient, path: str) -> None:
+    check(await client.post(path, json={**body_for(path), "model": "gpt"}), 404, param="model", code="model_not_found")
+
+
+async def test_wrong_method_on_every_route(client: httpx.AsyncClient) -> None:
+    for path, operations in (await client.get("/openapi.json")).json()["paths"].items():
+        for method in {"get", "post", "put", "delete", "patch"} - set(operations):
+            response = await client.request(method.upper(), path)
+            check(response, 405)
+            assert response.headers["allow"].lower() in operations
+
+
+async def test_unknown_path(client: httpx.AsyncClient) -> None:
     assert "/v1/nothing" in check(await client.get("/v1/nothing"), 404)
     check(await client.get("//v1/models"), 404)
-    response = await client.get("/v1/completions")
-    check(response, 405)
-    assert response.headers["allow"] == "POST"
-    check(await client.delete("/metrics"), 405)
-    check(await client.put("/v1/chat/completions"), 405)
 
 
 async def test_request_that_fails_in_the_engine(client: httpx.AsyncClient) -> None:
