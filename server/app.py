@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
-from server.openai import completions, models
+from server.openai import chat, completions, models, tokenization
 from server.openai.errors import APIError, add_error_handlers, internal_error
 from server.openai.service import CurrentService, Service
 from server.settings import Settings
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PROBES = frozenset({"/health", "/livez", "/readyz"})
 MAX_BODY = 32 * 2**20  # bytes
-REQUEST_ID_LENGTH = 128
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 operations = APIRouter()
 
@@ -38,8 +38,17 @@ operations = APIRouter()
 def create_app(engine: "Engine", settings: Settings) -> FastAPI:
     """The application that serves ``engine``; its lifespan runs the engine thread."""
     metrics = Metrics(settings.model_name)
-    async_engine = AsyncEngine(engine, settings.max_num_seqs + settings.max_queued_requests, metrics.observe)
-    service = Service(async_engine, metrics, settings.model_name, settings.tree_nodes - 1, int(time.time()))
+    capacity = settings.max_num_seqs + settings.max_queued_requests
+    async_engine = AsyncEngine(engine, capacity, metrics.observe, settings.max_queued_tokens)
+    service = Service(
+        async_engine,
+        metrics,
+        settings.model_name,
+        num_spec_tokens=settings.tree_nodes - 1,
+        created=int(time.time()),
+        max_logprobs=settings.max_logprobs,
+        trust_request_chat_template=settings.trust_request_chat_template,
+    )
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -59,7 +68,7 @@ def create_app(engine: "Engine", settings: Settings) -> FastAPI:
     key = settings.api_key.get_secret_value() if settings.api_key else None
     app.add_middleware(Gate, api_key=key)
     add_error_handlers(app)
-    for router in (completions.router, models.router, operations):
+    for router in (completions.router, chat.router, models.router, tokenization.router, operations):
         app.include_router(router)
     return app
 
@@ -104,7 +113,8 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = re.sub(r"[^\w.:-]", "", headers.get("x-request-id", ""), flags=re.ASCII)[:REQUEST_ID_LENGTH] or uuid.uuid4().hex
+        given = headers.get("x-request-id", "")
+        request_id = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         started = False
 
         async def send_with_id(message: Message) -> None:

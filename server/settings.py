@@ -71,6 +71,10 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(None, ge=2, description="most tokens of prompt and completion; the model's own limit by default")
     max_num_seqs: int = Field(DEFAULTS.max_num_seqs, ge=1, description="most requests that run together")
     max_queued_requests: int = Field(512, ge=0, description="most requests that wait; further ones are answered 503")
+    max_queued_tokens: int | None = Field(
+        None, ge=0, description="most prompt tokens that wait to be computed; requests beyond are answered 503; no limit by default"
+    )
+    max_logprobs: int = Field(20, ge=0, description="most alternatives per token that a request may ask for")
     tree_nodes: int = Field(
         DEFAULTS.tree_nodes, ge=1, le=64, description="most nodes that one verification holds per request, root included"
     )
@@ -87,6 +91,9 @@ class Settings(BaseSettings):
         DEFAULTS.prefix_caching, description="keep computed blocks, so that prompts that begin alike are computed once"
     )
     api_key: SecretStr | None = Field(None, min_length=1, description="key that clients must send; no check without it")
+    trust_request_chat_template: CliImplicitFlag[bool] = Field(
+        False, description="take chat templates from requests; they run in a sandbox, but may use any amount of memory"
+    )
     served_model_name: str | None = Field(None, min_length=1, description="model name in the API; directory name or hub id by default")
     seed: int = Field(DEFAULTS.seed, description="seed of requests that bring none")
     config: Path | None = Field(None, description="YAML file with any of these options; flags and environment win")

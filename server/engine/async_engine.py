@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class QueueFullError(Exception):
-    """As many requests run and wait as the server takes."""
+    """As many requests run and wait, or as many prompt tokens wait, as the server takes."""
 
 
 class EngineRequest(NamedTuple):
@@ -59,14 +59,16 @@ class OutputStream:
 class AsyncEngine:
     """Runs ``engine`` in a thread of its own; every other method belongs to the event loop that called ``start``.
 
-    ``capacity``: most requests that run and wait together. ``observe`` gets what every step did, on the event loop; statistics with
-    ``seconds`` 0 tell that nothing runs any more.
+    ``capacity``: most requests that run and wait together. ``max_queued_tokens``: most prompt tokens of requests that have made no
+    token yet; a client that finds none waiting is taken with whatever it brings. ``observe`` gets what every step did, on the event
+    loop; statistics with ``seconds`` 0 tell that nothing runs any more.
     """
 
-    def __init__(self, engine: "Engine", capacity: int, observe: Callable[[StepStats], None]) -> None:
-        self.engine, self.capacity = engine, capacity
+    def __init__(self, engine: "Engine", capacity: int, observe: Callable[[StepStats], None], max_queued_tokens: int | None = None) -> None:
+        self.engine, self.capacity, self.max_queued_tokens = engine, capacity, max_queued_tokens
         self._observe = observe
         self._streams: dict[str, OutputStream] = {}
+        self._queued_tokens: dict[str, int] = {}  # prompt tokens of the requests that have no output yet
         self._worker: _Worker | None = None
 
     def start(self) -> None:
@@ -88,16 +90,16 @@ class AsyncEngine:
     async def generate(self, requests: Sequence[EngineRequest]) -> AsyncIterator[OutputStream]:
         """Admit all ``requests`` or none; leaving the context aborts what has not finished.
 
-        Raises QueueFullError, and EngineError for a request that can never run.
+        Raises QueueFullError, and EngineError for requests that can never run.
         """
         worker = self._worker
         if worker is None or not worker.is_alive():
             raise RuntimeError("the engine thread does not run")
-        if len(self._streams) + len(requests) > self.capacity:
-            raise QueueFullError
+        self._check_queue(requests)
         stream = OutputStream(request.request_id for request in requests)
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._streams.update(dict.fromkeys(stream.unfinished, stream))
+        self._queued_tokens.update({request.request_id: len(request.prompt_token_ids) for request in requests})
         try:
             worker.inbox.put(lambda: worker.add(requests, admitted))
             await admitted
@@ -106,13 +108,24 @@ class AsyncEngine:
             if gone := list(stream.unfinished):
                 for request_id in gone:
                     del self._streams[request_id]
+                    self._queued_tokens.pop(request_id, None)
                 worker.inbox.put(lambda: worker.abort(gone))
+
+    def _check_queue(self, requests: Sequence[EngineRequest]) -> None:
+        if len(requests) > self.capacity:
+            raise EngineError(f"{len(requests)} choices were asked for at once; this server holds at most {self.capacity}")
+        queued = sum(self._queued_tokens.values())
+        asked = queued + sum(len(request.prompt_token_ids) for request in requests)
+        too_many = self.max_queued_tokens is not None and queued > 0 and asked > self.max_queued_tokens
+        if too_many or len(self._streams) + len(requests) > self.capacity:
+            raise QueueFullError
 
     def _deliver(self, outputs: list[RequestOutput], stats: StepStats) -> None:
         for output in outputs:
             stream = self._streams.get(output.request_id)  # None: the client went away during the step
             if stream is not None:
                 stream.put(output)
+                self._queued_tokens.pop(output.request_id, None)
                 if output.finish_reason is not None:
                     del self._streams[output.request_id]
         self._observe(stats)

@@ -1,51 +1,74 @@
 """Engine outputs as the choices of a completion, whole or in parts."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
 
+from pydantic import BaseModel
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from server.engine.types import RequestOutput, TokenLogprob
+from server.openai.completion_protocol import Choice, CompletionRequest, Logprobs
 from server.openai.errors import APIError, internal_error
-from server.openai.protocol import Choice, CompletionRequest, Logprobs
-from server.openai.service import Prompt
+from server.openai.service import Prompt, Service
 
 
-class ChoiceBuilder:
-    """Turns the outputs of one request into choice ``index``; every call continues where the last one ended."""
+class ChoiceBuilder(ABC):
+    """Turns the outputs of one request into choice ``index``; every call continues where the last one ended.
 
-    def __init__(
-        self, index: int, prompt: Prompt, request: CompletionRequest, tokenizer: Tokenizer, token_text: Callable[[int], str]
-    ) -> None:
+    ``whole`` and ``events`` raise APIError if the engine failed on the request.
+    """
+
+    def __init__(self, index: int) -> None:
+        self.index = index
         self.completion_tokens = self.cached_tokens = 0
-        self._index, self._token_text = index, token_text
-        self._logprobs, self._echo_only = request.logprobs is not None, request.echo and request.max_tokens == 0
-        self._offset = 0
-        self._prompt = prompt.token_ids if request.echo else []
-        self._prompt_texts = _prompt_texts(prompt, tokenizer) if request.echo else []
-        self._pending = ("".join(self._prompt_texts) if prompt.text is None else prompt.text) if request.echo else ""
 
-    def build(self, outputs: list[RequestOutput]) -> Choice:
-        """Raises APIError if the engine failed on the request."""
+    @abstractmethod
+    def whole(self, outputs: list[RequestOutput]) -> BaseModel:
+        """The choice, from all outputs of the request."""
+
+    @abstractmethod
+    def events(self, outputs: list[RequestOutput]) -> Iterator[BaseModel]:
+        """What the outputs add to the choice, as a stream tells it."""
+
+    def _take(self, outputs: list[RequestOutput]) -> tuple[str, dict[str, Any]]:
+        """Count the outputs; their text, and index, finish_reason and stop_reason of the choice."""
         last = outputs[-1]
         if last.finish_reason in ("error", "abort"):
             raise APIError(500, last.error) if last.error else internal_error()
         self.cached_tokens = last.num_cached_tokens
-        text, self._pending = self._pending, ""
-        logprobs = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[]) if self._logprobs else None
+        self.completion_tokens += sum(len(output.token_ids) for output in outputs)
+        outcome = {"index": self.index, "finish_reason": last.finish_reason, "stop_reason": last.stop_reason}
+        return "".join(output.text for output in outputs), outcome
+
+
+class CompletionChoiceBuilder(ChoiceBuilder):
+    """Choices of /v1/completions."""
+
+    def __init__(self, index: int, prompt: Prompt, request: CompletionRequest, service: Service) -> None:
+        super().__init__(index)
+        self._token_text, self._logprobs = service.token_text, request.logprobs is not None
+        self._offset = 0
+        self._prompt = prompt.token_ids if request.echo else []
+        self._prompt_texts = _prompt_texts(prompt, service.tokenizer) if request.echo else []
+        self._pending = ("".join(self._prompt_texts) if prompt.text is None else prompt.text) if request.echo else ""
+
+    def whole(self, outputs: list[RequestOutput]) -> Choice:
+        text, outcome = self._take(outputs)
+        text, self._pending = self._pending + text, ""
+        return Choice(text=text, logprobs=self._report(outputs) if self._logprobs else None, **outcome)
+
+    def events(self, outputs: list[RequestOutput]) -> Iterator[Choice]:
+        yield self.whole(outputs)
+
+    def _report(self, outputs: list[RequestOutput]) -> Logprobs:
+        report = Logprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for output in outputs:
-            if logprobs is not None and output.prompt_logprobs is not None:
-                self._append(logprobs, self._prompt, self._prompt_texts, output.prompt_logprobs)
-            if self._echo_only:
-                continue
-            text += output.text
-            self.completion_tokens += len(output.token_ids)
-            if logprobs is not None:
-                self._append(logprobs, output.token_ids, output.token_texts, output.logprobs or [])
-        reason = last.finish_reason if last.finish_reason in ("stop", "length") else None
-        if self._echo_only and reason:
-            return Choice(index=self._index, text=text, logprobs=logprobs, finish_reason="length", stop_reason=None)
-        return Choice(index=self._index, text=text, logprobs=logprobs, finish_reason=reason, stop_reason=last.stop_reason)
+            if output.prompt_logprobs is not None:
+                self._append(report, self._prompt, self._prompt_texts, output.prompt_logprobs)
+            self._append(report, output.token_ids, output.token_texts, output.logprobs or [])
+        return report
 
     def _append(self, report: Logprobs, ids: list[int], texts: list[str], values: "list[TokenLogprob] | list[TokenLogprob | None]") -> None:
         for token_id, text, value in zip(ids, texts, values, strict=True):

@@ -1,47 +1,47 @@
-"""What goes over the wire at /v1/completions."""
+"""What requests and answers of all routes that generate have in common on the wire."""
 
-from typing import Annotated, Any, Literal
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 
 from server.engine.types import SamplingParams, SpeculationStats
 
 MAX_CHOICES = 128
+MAX_STOP, MAX_STOP_CHARACTERS, MAX_STOP_TOKENS = 16, 256, 128
+MAX_LOGIT_BIAS = 1024
 INT64 = 2**63
-Prompts = list[str] | list[list[int]]
 
 
-def parse_prompts(value: Any) -> Prompts:
-    """The four forms (text, texts, token ids, lists of token ids) as a list of texts or of id lists."""
-    if isinstance(value, str):
-        value = [value]
-    if not isinstance(value, list) or not value:
-        raise ValueError("expected a non-empty string, list of strings, list of token ids, or list of lists of token ids")
-    if all(type(item) is int for item in value):
-        value = [value]
-    check = _check_text if all(isinstance(item, str) for item in value) else _check_ids
-    for item in value:
-        check(item)
-    if len(value) > MAX_CHOICES:
-        raise ValueError(f"at most {MAX_CHOICES} prompts may be sent at once, got {len(value)}")
-    return value
+def _refuse(value: Any) -> None:
+    if value:  # false, 0, "" and empty lists ask for nothing
+        raise ValueError("this server does not support it")
 
 
-def _check_text(text: str) -> None:
-    if not text:
-        raise ValueError("the prompt is empty")
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError("the prompt holds half of a surrogate pair, which is no character")
+def is_text(text: str) -> bool:
+    """False for a string with half of a surrogate pair, which JSON can hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _check_ids(ids: Any) -> None:
-    if not isinstance(ids, list):
-        raise ValueError(f"expected a string or a list of token ids, found {type(ids).__name__}; the forms cannot be mixed")
-    if not ids:
-        raise ValueError("the prompt is empty")
-    for token in ids:
-        if type(token) is not int or token < 0:  # bool is a subclass of int
-            raise ValueError("token ids must be non-negative integers")
+Unsupported = Annotated[None, PlainValidator(_refuse, json_schema_input_type=None)]
+
+
+class RequestBody(BaseModel):
+    """Null means the default; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    model: str | None = Field(None, description="Name of the served model; it is the default.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class StreamOptions(BaseModel):
@@ -60,14 +60,17 @@ class SpeculationOptions(BaseModel):
     max_nodes: int | None = Field(default=None, ge=0, description="Most drafted nodes of a verification, the root not counted.")
 
 
-class CompletionRequest(BaseModel):
-    """OpenAI's completion request and vLLM's sampling extensions. Null means the default; unknown fields are ignored."""
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True)
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=())
+    type: Literal["text"]
 
-    model: str | None = Field(None, description="Name of the served model; it is the default.")
-    prompt: Annotated[Prompts, PlainValidator(parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])]
-    max_tokens: int = Field(16, ge=0, lt=2**31)
+
+class GenerationRequest(RequestBody):
+    """The sampling options of OpenAI and vLLM."""
+
+    alternatives_field: ClassVar[str]
+
     min_tokens: int = Field(0, ge=0)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -76,39 +79,51 @@ class CompletionRequest(BaseModel):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=100)
-    logit_bias: dict[Annotated[int, Field(strict=False, ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]] = Field({})
+    logit_bias: dict[Annotated[int, Field(strict=False, ge=0, lt=2**31)], Annotated[float, Field(ge=-100, le=100)]] = Field(
+        {}, max_length=MAX_LOGIT_BIAS
+    )
     seed: int | None = Field(None, ge=-INT64, lt=INT64, description="Choice i uses seed + i.")
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=256)]],
-        Field(max_length=16),
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+        Field(max_length=MAX_STOP),
         BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]),
     ] = Field([])
-    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([], max_length=128)
+    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([], max_length=MAX_STOP_TOKENS)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     n: int = Field(1, ge=1, le=MAX_CHOICES)
-    best_of: int | None = Field(None, description="Only accepted when equal to n.")
-    logprobs: int | None = Field(None, ge=0, le=5)
-    echo: bool = False
-    suffix: str | None = Field(None, description="Not supported.")
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     speculation: SpeculationOptions = SpeculationOptions()
     cache_salt: str | None = Field(
         None, min_length=1, max_length=1024, description="Only requests of the same salt share computed prompts."
     )
+    priority: int = Field(0, ge=-INT64, lt=INT64, description="Ignored: first come, first served.")
     user: str | None = Field(None, description="Ignored.")
+    metadata: dict[str, str] = Field({}, description="Ignored.")
+    store: bool = Field(False, description="Ignored: nothing is stored.")
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    structured_outputs: Unsupported = Field(None, description="Not supported.")
+    allowed_token_ids: Unsupported = Field(None, description="Not supported.")
+    bad_words: Unsupported = Field(None, description="Not supported.")
+    use_beam_search: Unsupported = Field(None, description="Not supported.")
+    prompt_logprobs: Unsupported = Field(None, description="Not supported.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, data: Any) -> Any:
-        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+    @property
+    @abstractmethod
+    def token_limit(self) -> int | None:
+        """Most tokens of a choice; None leaves it to the context."""
 
-    def sampling_params(self, child: int) -> SamplingParams:
+    @property
+    @abstractmethod
+    def alternatives(self) -> int | None:
+        """Alternatives reported for each token, as ``alternatives_field`` says; None for no log-probabilities at all."""
+
+    def sampling_params(self, child: int, max_tokens: int) -> SamplingParams:
         """How choice ``child`` of a prompt samples."""
         seed = None if self.seed is None else (self.seed + child + INT64) % (2 * INT64) - INT64
         return SamplingParams(
-            max_tokens=max(1, self.max_tokens),  # the engine always generates; echo with max_tokens 0 drops that token
+            max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
@@ -123,8 +138,7 @@ class CompletionRequest(BaseModel):
             include_stop_str_in_output=self.include_stop_str_in_output,
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
-            logprobs=self.logprobs,
-            prompt_logprobs=self.logprobs if self.echo else None,
+            logprobs=self.alternatives,
             max_draft_nodes=self.speculation.max_nodes if self.speculation.enabled else 0,
             cache_salt=self.cache_salt,
         )
@@ -141,23 +155,6 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-
-
-class Logprobs(BaseModel):
-    """Parallel lists, one entry per token. ``text_offset`` counts characters from the beginning of the choice's text."""
-
-    text_offset: list[int] = []
-    token_logprobs: list[float | None] = []
-    tokens: list[str] = []
-    top_logprobs: list[dict[str, float] | None] = []
-
-
-class Choice(BaseModel):
-    index: int
-    text: str
-    logprobs: Logprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    stop_reason: int | str | None = None
 
 
 class SpeculationMetrics(BaseModel):
@@ -198,13 +195,13 @@ class RequestMetrics(BaseModel):
     speculative_decoding: SpeculationMetrics | None
 
 
-class Completion(BaseModel):
-    """A whole completion, or one event of a stream; fields that were not given are left out."""
+class Answer(BaseModel):
+    """A whole answer, or one event of a stream; fields that were not given are left out."""
 
     id: str
-    object: Literal["text_completion"]
+    object: str
     created: int
     model: str
-    choices: list[Choice]
+    choices: Sequence[BaseModel]
     usage: Usage | None = None
     metrics: RequestMetrics | None = None

@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 
 from fastapi import Depends, Request
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from server.engine.async_engine import AsyncEngine
 from server.metrics import Metrics
@@ -24,14 +25,21 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Service:
-    """One served model. ``num_spec_tokens``: drafted tokens of a full tree. ``created``: Unix time."""
+    """One served model. ``num_spec_tokens``: drafted tokens of a full tree. ``created``: Unix time.
+
+    ``max_logprobs``: most alternatives that a request may ask for. ``chat_template`` None: the model has none.
+    """
 
     engine: AsyncEngine
     metrics: Metrics
     model_name: str
     num_spec_tokens: int
     created: int
+    max_logprobs: int
+    trust_request_chat_template: bool
     tokenizer: Tokenizer = field(init=False)
+    chat_tokenizer: PreTrainedTokenizerBase = field(init=False)
+    chat_template: str | None = field(init=False)
     vocab_size: int = field(init=False)
     max_tokens: int = field(init=False)  # of prompt and completion together
     max_characters: int = field(init=False)  # that max_tokens tokens can stand for
@@ -40,6 +48,8 @@ class Service:
 
     def __post_init__(self) -> None:
         engine = self.engine.engine
+        self.chat_tokenizer = engine.tokenizer
+        self.chat_template = _chat_template(engine.tokenizer)
         self.tokenizer = engine.tokenizer.backend_tokenizer
         self.tokenizer.no_truncation()  # set here, once: changing a tokenizer that other threads use fails
         self.tokenizer.no_padding()
@@ -53,13 +63,8 @@ class Service:
             raise APIError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
 
     async def tokenize(self, prompts: list[str] | list[list[int]]) -> list[Prompt]:
-        """Texts are encoded in a thread, ids are checked against the vocabulary."""
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        for text in texts:
-            if len(text) > self.max_characters:
-                raise context_length_error(self.max_tokens, f"However, your prompt has {len(text)} characters. Shorten it.")
-        encodings = await asyncio.to_thread(self.tokenizer.encode_batch_fast, texts) if texts else []
-        encoded = [Prompt(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
+        """Texts are encoded, ids are checked against the vocabulary."""
+        encoded = await self.encode([prompt for prompt in prompts if isinstance(prompt, str)])
         encoded += [Prompt(None, prompt) for prompt in prompts if not isinstance(prompt, str)]
         for prompt in encoded:
             if not prompt.token_ids:
@@ -68,14 +73,34 @@ class Service:
                 raise APIError(400, f"prompt: token ids must be below the vocabulary's {self.vocab_size}.", param="prompt")
         return encoded
 
-    def check_length(self, prompt: Prompt, max_tokens: int) -> None:
-        asked = len(prompt.token_ids) + max_tokens
-        if asked > self.max_tokens:
+    async def encode(self, texts: list[str], add_special_tokens: bool = True) -> list[Prompt]:
+        """Tokens of texts, encoded in a thread; those that cannot fit the context are refused before."""
+        for text in texts:
+            if len(text) > self.max_characters:
+                raise context_length_error(self.max_tokens, f"However, your prompt has {len(text)} characters. Shorten it.")
+        if not texts:
+            return []
+        encodings = await asyncio.to_thread(self.tokenizer.encode_batch_fast, texts, add_special_tokens=add_special_tokens)
+        return [Prompt(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def completion_limit(self, prompt: Prompt, max_tokens: int | None) -> int:
+        """Most tokens that may follow ``prompt``: ``max_tokens``, or what is left of the context, at least one."""
+        left = self.max_tokens - len(prompt.token_ids)
+        limit = max(1, left) if max_tokens is None else max_tokens
+        if limit > left:
             raise context_length_error(
                 self.max_tokens,
-                f"However, you requested {asked} tokens ({len(prompt.token_ids)} in the prompt, {max_tokens} for the completion). "
-                "Shorten the prompt or the completion.",
+                f"However, you requested {len(prompt.token_ids) + limit} tokens ({len(prompt.token_ids)} in the prompt, "
+                f"{limit} for the completion). Shorten the prompt or the completion.",
             )
+        return limit
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    try:
+        return str(tokenizer.get_chat_template())
+    except ValueError:  # there is none, or several and none is the default
+        return None
 
 
 def token_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:

@@ -16,6 +16,7 @@ import torch
 
 from drafts.checkpoint import save_head
 from tests.engine.engines import byte_tokenizer, random_head, tiny_model
+from tools.demo.tokenizer import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "drafts" / "demo"
@@ -73,7 +74,9 @@ def server_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     directory = tmp_path_factory.mktemp("pair")
     model = tiny_model(max_position_embeddings=512)
     model.save_pretrained(directory / "target")
-    byte_tokenizer().save_pretrained(directory / "target")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(directory / "target")
     save_head(directory / "head", random_head(model), torch.float32)
     return [str(directory / "target"), "--draft", str(directory / "head")]
 

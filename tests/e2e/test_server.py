@@ -11,10 +11,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 
 from tests.e2e.conftest import Server, launch, wait_for_url
 
 PROMPT = "Once upon a time"
+CHAT: list[ChatCompletionMessageParam] = [
+    {"role": "system", "content": "Tell stories."},
+    {"role": "user", "content": [{"type": "text", "text": "Write a story that begins like this: Once upon a time"}]},
+]
 
 
 @pytest.fixture
@@ -52,6 +57,47 @@ def test_openai_client(client: openai.OpenAI) -> None:
     assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
 
 
+def test_openai_chat_client(client: openai.OpenAI, http: httpx.Client) -> None:
+    """Whole and streamed, the text is that of the prompt which the template makes."""
+    options = {"model": "served", "messages": CHAT, "max_completion_tokens": 20, "temperature": 0.7, "seed": 3}
+    whole = client.chat.completions.create(**options, logprobs=True, top_logprobs=2)
+    (choice,) = whole.choices
+    assert choice.message.role == "assistant"
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert bytes(byte for token in choice.logprobs.content for byte in token.bytes or []).decode() == choice.message.content
+    assert all(len(token.top_logprobs) == 2 for token in choice.logprobs.content)
+    parts = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(c.delta.content or "" for part in parts for c in part.choices) == choice.message.content
+    assert parts[-2].choices[0].finish_reason == choice.finish_reason
+    assert whole.usage is not None
+    assert parts[-1].usage is not None
+    assert parts[-1].usage.total_tokens == whole.usage.total_tokens
+
+    tokens = http.post("/tokenize", json={"messages": CHAT}).json()["tokens"]
+    assert len(tokens) == whole.usage.prompt_tokens
+    prompt = http.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert http.post("/tokenize", json={"prompt": prompt, "add_special_tokens": False}).json()["tokens"] == tokens
+    completion = client.completions.create(model="served", prompt=tokens, max_tokens=20, temperature=0.7, seed=3)
+    assert completion.choices[0].text == choice.message.content
+    assert http.get("/tokenizer_info").json()["chat_template"]
+
+
+def test_chat_goes_on_to_the_end_of_the_context(http: httpx.Client) -> None:
+    words = "one two three "
+    tokens = http.post("/tokenize", json={"prompt": words * 10}).json()
+    repeats = (tokens["max_model_len"] - 100) * 10 // tokens["count"]
+    body = {"messages": [{"role": "user", "content": words * repeats}], "ignore_eos": True, "temperature": 0}
+    answer = http.post("/v1/chat/completions", json=body).json()
+    assert answer["usage"]["total_tokens"] == tokens["max_model_len"]
+    assert answer["choices"][0]["finish_reason"] == "length"
+    if figures := answer["metrics"]["speculative_decoding"]:
+        plain = http.post("/v1/chat/completions", json={**body, "speculation": {"enabled": False}}).json()
+        assert plain["choices"][0]["message"] == answer["choices"][0]["message"]
+        assert figures["num_spec_steps"] >= plain["metrics"]["speculative_decoding"]["num_spec_steps"] == 0
+
+
 def test_openai_client_reads_the_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as unknown:
         client.completions.create(model="other", prompt=PROMPT)
@@ -59,6 +105,9 @@ def test_openai_client_reads_the_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model="served", prompt=PROMPT, max_tokens=10**6)
     assert long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as tools:
+        client.chat.completions.create(model="served", messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}])
+    assert tools.value.param == "tools"
     assert long.value.request_id
 
 
@@ -153,10 +202,17 @@ def test_client_that_leaves_frees_everything(http: httpx.Client, server: Server,
     assert re.search(r'outcome="abort"} \d', http.get("/metrics").text)
 
 
-def test_queue_full_and_then_not(http: httpx.Client) -> None:
-    response = http.post("/v1/completions", json={"prompt": ["x"] * 17, "max_tokens": 1})
-    assert response.status_code == 503
-    assert response.headers["retry-after"]
+def test_queue_full_and_then_not(http: httpx.Client, server: Server) -> None:
+    """Eight run and eight wait; more than that never fit."""
+    assert http.post("/v1/completions", json={"prompt": ["x"] * 17, "max_tokens": 1}).status_code == 400
+    body = {"prompt": ["x"] * 16, "max_tokens": 400, "stream": True, "ignore_eos": True}
+    with httpx.Client(base_url=server.url, timeout=60) as other, other.stream("POST", "/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()  # a reader that is forgotten hangs up
+        next(lines)
+        response = http.post("/v1/chat/completions", json={"messages": CHAT, "stream": True})
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+    wait_until(lambda: metric(http, "num_requests_running") == 0)
     assert http.post("/v1/completions", json={"prompt": ["x"] * 16, "max_tokens": 1}).status_code == 200
 
 

@@ -9,11 +9,14 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from pydantic.fields import FieldInfo
 
 from server.engine.config import EngineConfig
 from server.engine.target import SUPPORTED
 from server.metrics import Metrics
-from server.openai.protocol import CompletionRequest, SpeculationMetrics
+from server.openai.chat_protocol import ChatRequest
+from server.openai.completion_protocol import CompletionRequest
+from server.openai.protocol import GenerationRequest, SpeculationMetrics
 from server.settings import DEMO_NAME, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +101,10 @@ def test_makefile_lists_every_target() -> None:
     assert re.findall(r"^make ([\w-]+) ", listed, re.MULTILINE) == phony[1].split()
 
 
+def own_fields(request: type[GenerationRequest]) -> dict[str, FieldInfo]:
+    return {name: field for name, field in request.model_fields.items() if name not in GenerationRequest.model_fields}
+
+
 def test_server_flags_are_documented_as_they_are() -> None:
     documented = table(HTTP, "## Options")
     for name, field in Settings.model_fields.items():
@@ -113,15 +120,23 @@ def test_environment_variables_exist() -> None:
             assert name.lower() in Settings.model_fields, name
 
 
-def test_request_fields_are_documented() -> None:
-    documented = table(HTTP, "## Completions")
-    assert set(documented) == set(CompletionRequest.model_fields)
-    for name, field in CompletionRequest.model_fields.items():
+@pytest.mark.parametrize(
+    ("heading", "fields"),
+    [
+        ("## Generating", GenerationRequest.model_fields),
+        ("## Completions", own_fields(CompletionRequest)),
+        ("## Chat completions", own_fields(ChatRequest)),
+    ],
+)
+def test_request_fields_are_documented(heading: str, fields: dict[str, FieldInfo]) -> None:
+    documented = table(HTTP, heading)
+    assert set(documented) == set(fields)
+    for name, field in fields.items():
         default = documented[name][0]
         if default.startswith("`"):
             assert json.loads(default.strip("`")) == field.default, name
         else:
-            assert field.is_required() or field.default is None or name in ("stream_options", "speculation"), name
+            assert field.is_required() or field.default is None or name in ("stream_options", "speculation", "response_format"), name
 
 
 def test_speculation_statistics_are_documented() -> None:
@@ -139,9 +154,10 @@ def test_metrics_are_documented_as_they_are() -> None:
 def test_routes_are_documented() -> None:
     """Both ways; the application is never started, so any engine will do."""
     from server.app import operations
-    from server.openai import completions, models
+    from server.openai import chat, completions, models, tokenization
 
-    routes = {route.path for router in (operations, completions.router, models.router) for route in router.routes}
+    routers = (operations, completions.router, chat.router, models.router, tokenization.router)
+    routes = {route.path for router in routers for route in router.routes}
     documented = {path.split()[-1].replace("/NAME", "/{model_id:path}") for path in table(HTTP, "## Routes")}
     assert documented - {"/openapi.json"} == routes
 
@@ -159,8 +175,7 @@ def test_readme_describes_the_default_tree() -> None:
     assert f'model="{DEMO_NAME}"' in README
 
 
-def test_request_of_the_readme_is_valid() -> None:
-    body = re.search(r"-d '(\{.*?\})'", README, re.DOTALL)
-    assert body
-    request = CompletionRequest.model_validate_json(body[1])
-    assert request.prompt == ["Once upon a time"]
+def test_requests_of_the_readme_are_valid() -> None:
+    completion, chat = re.findall(r"-d '(\{.*?\})'", README, re.DOTALL)
+    assert CompletionRequest.model_validate_json(completion).prompt == ["Once upon a time"]
+    assert ChatRequest.model_validate_json(chat).max_completion_tokens == 64

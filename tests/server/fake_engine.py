@@ -4,6 +4,7 @@ import threading
 import time
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from server.engine.config import EngineError
 from server.engine.request import Request
@@ -23,11 +24,14 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-class Tokenizers:
-    """As much of transformers' tokenizer as the server uses."""
-
-    def __init__(self) -> None:
-        self.backend_tokenizer = byte_tokenizer()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role == 'tool' and not message.tool_call_id %}{{ raise_exception('a tool must say which call it answers') }}{% endif %}"
+    "[{{ message.role }}]{{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call.function.name }}({{ call.function.arguments.x }}){% endfor %}"
+    "{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{{ mood }}{% endif %}"
+)
 
 
 class FakeEngine:
@@ -41,13 +45,14 @@ class FakeEngine:
     vocab_size = 257
     speculative = True
 
-    def __init__(self) -> None:
-        self.tokenizer = Tokenizers()
+    def __init__(self, chat_template: str | None = CHAT_TEMPLATE) -> None:
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token="<eos>", chat_template=chat_template)
         self.gate = threading.Event()
         self.gate.set()
         self.broken = False
         self.requests: dict[str, Request] = {}
         self.params: list[SamplingParams] = []
+        self.prompts: list[str] = []
         self.aborted: list[str] = []
         self.num_steps = 0
         self.threads: set[str] = set()
@@ -66,6 +71,7 @@ class FakeEngine:
         if params.max_tokens == 666:
             raise EngineError("a request of 666 tokens can never run")
         self.params.append(params)
+        self.prompts.append(self.tokenizer.decode(prompt_token_ids))
         seed = params.seed or 0
         tokenizer = self.tokenizer.backend_tokenizer
         request = Request.create(request_id, prompt_token_ids, params, seed, frozenset({EOS}), tokenizer, self.vocab_size)

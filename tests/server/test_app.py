@@ -7,6 +7,7 @@ import pytest
 
 from server.app import create_app
 from server.settings import Settings
+from tests.server.clients import serving
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -14,11 +15,7 @@ pytestmark = pytest.mark.anyio
 
 @pytest.fixture
 async def locked(engine: FakeEngine, anyio_backend: str) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(engine, Settings(api_key="Secret"))
-    async with (
-        app.router.lifespan_context(app),
-        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
-    ):
+    async with serving(engine, api_key="Secret") as client:
         yield client
 
 
@@ -34,7 +31,20 @@ async def test_health_of_a_stopped_engine(engine: FakeEngine) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/models", "/v1/completions", "/metrics", "/openapi.json", "/version", "/nothing", "//v1/models", "/health/"]
+    "path",
+    [
+        "/v1/models",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/tokenize",
+        "/tokenizer_info",
+        "/metrics",
+        "/openapi.json",
+        "/version",
+        "/nothing",
+        "//v1/models",
+        "/health/",
+    ],
 )
 @pytest.mark.parametrize("key", [None, "", "Bearer", "Bearer secret", "Secret", "bearer Secret", "Bearer Secrets", "Bearer Sécret"])
 async def test_key_is_needed_everywhere_else(locked: httpx.AsyncClient, path: str, key: str | None) -> None:
@@ -50,15 +60,21 @@ async def test_key(locked: httpx.AsyncClient) -> None:
     assert (await locked.post("/v1/completions", headers=headers, json={"prompt": "x"})).status_code == 200
 
 
-@pytest.mark.parametrize(("sent", "expected"), [("abc-1.2:3_4", "abc-1.2:3_4"), ("a\tb c<d>\x7fé", "abcd"), ("x" * 10_000, "x" * 128)])
-async def test_request_id_is_returned(client: httpx.AsyncClient, sent: str, expected: str) -> None:
+@pytest.mark.parametrize("sent", ["abc-1.2:3_4", "x" * 128])
+async def test_request_id_is_returned(client: httpx.AsyncClient, sent: str) -> None:
+    headers = {"x-request-id": sent}
     for path in ("/health", "/nothing"):
-        assert (await client.get(path, headers={"x-request-id": sent.encode()})).headers["x-request-id"] == expected
+        assert (await client.get(path, headers=headers)).headers["x-request-id"] == sent
+    for stream in (False, True):
+        response = await client.post("/v1/completions", json={"prompt": "x", "stream": stream}, headers=headers)
+        assert response.headers["x-request-id"] == sent
 
 
-async def test_request_id_is_made(client: httpx.AsyncClient) -> None:
-    first, second = [(await client.get("/health", headers={"x-request-id": "<>"})).headers["x-request-id"] for _ in range(2)]
-    assert first != second
+@pytest.mark.parametrize("sent", ["", "<>", "a b", "a\tb", "é", "x" * 129, "x" * 10_000])
+async def test_request_id_is_made(client: httpx.AsyncClient, sent: str) -> None:
+    headers = {"x-request-id": sent.encode()}
+    first, second = [(await client.get("/health", headers=headers)).headers["x-request-id"] for _ in range(2)]
+    assert len({first, second, sent}) == 3
 
 
 async def test_metrics_after_a_request(client: httpx.AsyncClient) -> None:
@@ -78,9 +94,12 @@ async def test_metrics_after_a_request(client: httpx.AsyncClient) -> None:
 
 async def test_openapi_declares_bounds_and_errors(client: httpx.AsyncClient) -> None:
     api = (await client.get("/openapi.json")).json()
-    post = api["paths"]["/v1/completions"]["post"]
-    assert {"200", "400", "404", "413", "503"} <= set(post["responses"])
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+        assert {"200", "400", "404", "413", "503"} <= set(api["paths"][path]["post"]["responses"])
     fields = api["components"]["schemas"]["CompletionRequest"]["properties"]
     assert fields["temperature"]["maximum"] == 2
     assert len(fields["prompt"]["anyOf"]) == 4
+    fields = api["components"]["schemas"]["ChatRequest"]["properties"]
+    assert fields["messages"]["minItems"] == 1
+    assert fields["temperature"]["maximum"] == 2
     assert (await client.get("/version")).json()["version"] == api["info"]["version"]

@@ -73,6 +73,9 @@ async def test_all_are_admitted_or_none(runner: AsyncEngine, engine: FakeEngine)
 
 
 async def test_capacity(runner: AsyncEngine, engine: FakeEngine) -> None:
+    with pytest.raises(EngineError, match="at most 3"):
+        async with runner.generate([request(name) for name in "abcd"]):
+            pytest.fail("admitted")
     engine.gate.clear()
     async with runner.generate([request("a"), request("b")]):
         with pytest.raises(QueueFullError):
@@ -83,6 +86,36 @@ async def test_capacity(runner: AsyncEngine, engine: FakeEngine) -> None:
     engine.gate.set()
     async with runner.generate([request("f"), request("g"), request("h")]) as stream:
         await drain(stream)
+
+
+async def test_capacity_in_tokens(engine: FakeEngine) -> None:
+    """Tokens count until the request has made one of its own, or is gone; the first to come is always taken."""
+    runner = AsyncEngine(engine, 9, lambda stats: None, max_queued_tokens=5)
+    runner.start()
+
+    async def refused(tokens: int) -> bool:
+        try:
+            async with runner.generate([EngineRequest("more", [70] * tokens, SamplingParams(max_tokens=2))]):
+                return False
+        except QueueFullError:
+            return True
+
+    engine.gate.clear()
+    async with runner.generate([EngineRequest("a", [70] * 6, SamplingParams(max_tokens=500))]) as stream:
+        assert await refused(1)
+        engine.gate.set()
+        await anext(stream)
+        assert not await refused(6)
+    engine.gate.clear()
+    async with runner.generate([request("b", max_tokens=2), request("c", max_tokens=2)]):
+        assert not await refused(3)
+        assert await refused(4)
+    with pytest.raises(EngineError):
+        async with runner.generate([EngineRequest("d", [70] * 5, SamplingParams(max_tokens=666))]):
+            pytest.fail("admitted")
+    assert not await refused(6), "what is gone does not count"
+    engine.gate.set()
+    await runner.stop()
 
 
 @pytest.mark.parametrize("generating", [False, True])

@@ -21,6 +21,8 @@ def test_defaults_serve_the_demo_pair() -> None:
     assert settings.engine_config() == EngineConfig()
     assert settings.model_name == "vsd-demo"
     assert (settings.host, settings.port, settings.api_key) == ("127.0.0.1", 8000, None)
+    assert (settings.max_queued_requests, settings.max_queued_tokens, settings.max_logprobs) == (512, None, 20)
+    assert settings.trust_request_chat_template is False
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,11 @@ def test_every_option_reaches_the_engine() -> None:
     )  # fmt: skip
 
 
+def test_limits_and_trust() -> None:
+    settings = load_settings(["--max-queued-tokens", "7", "--max-logprobs", "5", "--trust-request-chat-template"])
+    assert (settings.max_queued_tokens, settings.max_logprobs, settings.trust_request_chat_template) == (7, 5, True)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -89,6 +96,8 @@ def test_every_option_reaches_the_engine() -> None:
         (["--draft-temperature", "0"], "above 0"),
         (["--dtype", "int8"], "dtype: .*'int8'"),
         (["--max-num-seqs", "0"], "max-num-seqs"),
+        (["--max-queued-tokens", "-1"], "max-queued-tokens: .*0.*'-1'"),
+        (["--max-logprobs", "-1"], "max-logprobs: .*0.*'-1'"),
         (["--config", "/does/not/exist"], "cannot read /does/not/exist"),
     ],
 )

@@ -3,33 +3,20 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable
 
 import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.server.clients import read_events, wait_until
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
 
-async def wait_until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.002)
-
-
 async def events(client: httpx.AsyncClient, **body: object) -> list[dict]:
-    """The events of a stream; the wire form is checked on the way."""
-    response = await client.post("/v1/completions", json={"prompt": "hey", "stream": True, **body})
-    assert response.status_code == 200, response.text
-    assert response.headers["content-type"].startswith("text/event-stream")
-    *parts, done, rest = response.text.split("\n\n")
-    assert (done, rest) == ("data: [DONE]", "")
-    assert all(part.startswith("data: {") and "\n" not in part for part in parts)
-    return [json.loads(part.removeprefix("data: ")) for part in parts]
+    return read_events(await client.post("/v1/completions", json={"prompt": "hey", "stream": True, **body}))
 
 
 def text(parts: list[dict], index: int = 0) -> str:
