@@ -136,6 +136,7 @@ class StepStats:
     num_waiting: int = 0
     kv_usage: float = 0.0
     failed_steps: int = 0
+    preemptions: int = 0
 
 
 class Tree(NamedTuple):
