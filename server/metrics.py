@@ -58,6 +58,9 @@ class Metrics:
         """A request that gained m tokens waited 1/m of the time for each: that is the latency per token, not per burst."""
         self._since_decoding += stats.seconds
         if stats.emitted:
+            self._drafting.set(stats.drafting)
+            self._levels.set(stats.draft_levels)
+            self._gain.set(stats.expected_gain)
             for tokens in stats.emitted:
                 for _ in range(tokens):
                     self._token_latency.observe(self._since_decoding / tokens)
@@ -130,6 +133,9 @@ class Metrics:
     def _create_gauges(self) -> None:
         self._running = self._gauge("num_requests_running", "Requests in the batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a place.")
+        self._drafting = self._gauge("spec_decode_num_requests_drafting", "Requests of the last decoding step that could draft.")
+        self._levels = self._gauge("spec_decode_draft_levels", "Levels of the last decoding step's trees, 0 where nobody drafted.")
+        self._gain = self._gauge("spec_decode_expected_gain", "Tokens per second over those of plain decoding, as the load rule expects.")
         self._kv_usage = self._gauge("kv_cache_usage_ratio", "Used share of the KV cache, 0 to 1.")
         rate = self._gauge("generation_tokens_per_second", f"Tokens generated per second over the last {WINDOW:g} seconds.")
         rate.set_function(self._tokens_per_second)

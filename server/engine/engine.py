@@ -133,6 +133,7 @@ class Engine:
         outputs = self._guarded(lambda requests, stats: self.steps.run(requests, width, plan, stats), prefilling + decoding, stats)
         if self.load_rule:
             self.load_rule.observe(plan)
+        stats.drafting, stats.expected_gain = len(plan.drafting), plan.gain
         self.steps.bound_pending(self.scheduler.decoding())
         stats.seconds = time.monotonic() - start
         stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
