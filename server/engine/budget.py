@@ -89,7 +89,9 @@ class LoadRule:
             return Plan(self.shape.shrunk(1), [])
         speed = max(speed if best else 0.0, batch / cost.plain)
         level = self.costs[self._measured(len(chosen))].level
-        return Plan(self.shape._replace(level_price=speed * level, node_price=speed * cost.node / batch), chosen, speed * cost.plain / batch)
+        return Plan(
+            self.shape._replace(level_price=speed * level, node_price=speed * cost.node / batch), chosen, speed * cost.plain / batch
+        )
 
     def _probe(self, idle: list[Request]) -> list[Request]:
         """The request that drafts all the same, now and then: the one whose draft cache is the least behind."""

@@ -27,7 +27,7 @@ from server.engine.types import RequestOutput, SamplingParams, StepStats
 
 logger = logging.getLogger(__name__)
 DEFAULT_SIGMA: DraftTemperature = ((0.0, (0.4,)), (1.0, (0.6,)))  # drafting temperatures of heads that were never calibrated
-Work = Callable[[list[Request], StepStats], list[RequestOutput]]
+Work = Callable[[list[Request], list[RequestOutput]], None]
 
 
 class Engine:
@@ -130,7 +130,7 @@ class Engine:
         prefilling, width = self.scheduler.next_prefill()
         decoding = self.scheduler.decoding()
         plan = self._plan(decoding)
-        outputs = self._guarded(lambda requests, stats: self.steps.run(requests, width, plan, stats), prefilling + decoding, stats)
+        outputs = self._guarded(lambda *work: self.steps.run(*work, width, plan, stats), prefilling + decoding, stats)
         if self.load_rule:
             self.load_rule.observe(plan)
         stats.drafting, stats.expected_gain = len(plan.drafting), plan.gain
@@ -144,6 +144,8 @@ class Engine:
         while (request := self.scheduler.make_room()) is not None:
             if request.prefilling:
                 self._clear(request)  # nobody has looked at its logits yet
+            else:
+                self._offer(request, last=True)
             self.scheduler.preempt(request)
             stats.preemptions += 1
 
@@ -152,30 +154,34 @@ class Engine:
         return self.load_rule.choose(decoding) if self.load_rule and decoding else Plan(self.shape, decoding)
 
     def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:
-        """Do the work and end what it ended; if it raises, do it for each request alone, so that only those fail which raise again."""
-        if not requests:
-            return []
+        """Do the work and end what it ended; if it raises, do it anew for each request that has nothing from it, alone, so that only those
+        fail which raise again.
+        """
+        outputs: list[RequestOutput] = []
+        left: list[Request] = []
         try:
-            outputs = work(requests, stats)
+            if requests:
+                work(requests, outputs)
         except Exception:
             logger.exception("a step of %d requests failed", len(requests))
             stats.failed_steps += 1
-            if len(requests) > 1:
-                return [output for request in requests for output in self._guarded(work, [request], stats)]
-            outputs = [RequestOutput(requests[0].request_id, finish_reason="error", error="the engine failed on this request")]
+            served = {output.request_id for output in outputs}
+            left = [request for request in requests if request.request_id not in served]
+            if len(requests) == 1 and left:
+                outputs.append(RequestOutput(left.pop().request_id, finish_reason="error", error="the engine failed on this request"))
         for output in outputs:
             request = self._requests[output.request_id]
             if output.finish_reason != "error":
-                self._offer(request, output)
+                self._offer(request, last=output.finish_reason is not None)
             if output.finish_reason:
                 self._finish(self._requests.pop(output.request_id), output, stats)
-        return outputs
+        return outputs + [output for request in left for output in self._guarded(work, [request], stats)]
 
-    def _offer(self, request: Request, output: RequestOutput) -> None:
+    def _offer(self, request: Request, last: bool) -> None:
         """Let later requests take over the blocks that are full, in the draft's cache too: a request's last rows would stay pending."""
         rows = request.context_len
         if self.steps.drafter:
-            if self.prefix_cache.enabled and output.finish_reason:
+            if self.prefix_cache.enabled and last:
                 self.steps.complete_draft_blocks(request)
             rows = request.draft_len
         self.prefix_cache.offer(request, rows)

@@ -57,8 +57,11 @@ class Steps:
         self.ngrams: Ngrams | None = None
         self.device = target.device
 
-    def run(self, requests: list[Request], width: int, plan: Plan, stats: StepStats) -> list[RequestOutput]:
-        """One forward pass: a chunk of at most ``width`` tokens for requests that compute their prompts, a verification for the others."""
+    def run(self, requests: list[Request], outputs: list[RequestOutput], width: int, plan: Plan, stats: StepStats) -> None:
+        """One forward pass: a chunk of at most ``width`` tokens for requests that compute their prompts, a verification for the others.
+
+        What requests gain is added to ``outputs``. If it raises, requests without an output there can be run again.
+        """
         prefilling = [request for request in requests if request.prefilling]
         decoding = [request for request in requests if not request.prefilling]
         chunks = [request.token_ids[request.context_len : min(request.prefill_len, request.context_len + width)] for request in prefilling]
@@ -71,14 +74,12 @@ class Steps:
             for batch, (logits, _) in zip(batches, results[len(prompts) :], strict=True)
         ]
         # Nothing above changes a request, so that a failure can be tried again for each one alone.
-        outputs = []
         if prefilling:
             self._extend(prefilling, chunks, *results[0], stats)
         if first is not None:
             outputs += self._commit(*first, stats)
         for batch, (logits, features), (verdict, healthy) in zip(batches, results[len(prompts) :], verdicts, strict=True):
             outputs += self._settle(batch, logits, features, verdict, healthy, plan, stats)
-        return outputs
 
     def _prompt_rows(self, requests: list[Request], chunks: list[list[int]]) -> Rows:
         """The next chunk of every prompt; the logits of its last row, or of all where some request wants them."""
@@ -110,11 +111,14 @@ class Steps:
     def _extend(self, requests: list[Request], chunks: list[list[int]], logits: Tensor, features: Tensor | None, stats: StepStats) -> None:
         """Note what the chunks have computed; logits as ``_prompt_rows`` asked for them."""
         width = max(map(len, chunks))
+        reports: list[list[TokenLogprob]] = [[] for _ in requests]
         for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
             if request.prompt_alternatives is not None:
                 following = request.token_ids[request.context_len + 1 : request.context_len + len(chunk) + 1]
-                rows = logits[i * width :][: len(following)]
-                request.prompt_logprobs += token_logprobs(rows, following, request.prompt_alternatives)
+                reports[i] = token_logprobs(logits[i * width :][: len(following)], following, request.prompt_alternatives)
+        # Only now, when nothing can fail any more, are requests changed.
+        for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
+            request.prompt_logprobs += reports[i]
             if features is not None:
                 request.pending.append(features[i, : len(chunk)])
             request.context_len += len(chunk)

@@ -1,10 +1,10 @@
 """What may happen to a request without its neighbours noticing: abort, failure, waiting, long prompts, stops."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -192,15 +192,48 @@ def test_an_exception_in_the_forward_pass(engine: Engine, expected: list[list[in
     going = start(engine)
     for _ in range(after):
         going.step()
-    right = engine.steps.target.forward
+    right = engine.steps.target.forward_parts
 
-    def wrong(tokens: torch.Tensor, *args: object) -> object:
-        if len(tokens) > 1:
+    def wrong(parts: list[Rows], cache: PagedTensors) -> object:
+        if sum(len(part.tokens) for part in parts) > 1:
             raise RuntimeError("injected")
-        return right(tokens, *args)
+        return right(parts, cache)
 
-    monkeypatch.setattr(engine.steps.target, "forward", wrong)
+    monkeypatch.setattr(engine.steps.target, "forward_parts", wrong)
     check_others(going, expected)
+    assert sum(stats.failed_steps for stats in going.stats) >= 1
+
+
+@pytest.mark.parametrize("place", ["kv_commit", "token_logprobs"])
+def test_an_exception_between_two_commits_loses_nothing(
+    engine: Engine, expected: list[list[int]], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts that end, trees and plain rows of one step: what one kind gained stays when another fails, and is not gained twice."""
+    from server.engine import steps
+
+    right, calls = getattr(steps, place), itertools.count()
+
+    def sometimes(*args: object) -> object:
+        if next(calls) % 3 == 1:
+            raise RuntimeError("injected")
+        return right(*args)
+
+    monkeypatch.setattr(steps, place, sometimes)
+    monkeypatch.setattr(engine, "_plan", lambda requests: Plan(engine.shape, requests[::2]))
+    going = Run(engine)
+    for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True)):
+        going.add(str(i), prompt, replace(params, prompt_logprobs=1))
+        going.step()
+    results = going.finish()
+    for i, wanted in enumerate(expected):
+        if results[str(i)].finish_reason == "length":
+            assert results[str(i)].token_ids == wanted
+            assert len(results[str(i)].prompt_logprobs) == len(PROMPTS[i])
+        else:
+            assert results[str(i)].token_ids == wanted[: len(results[str(i)].token_ids)]
+    if place == "token_logprobs" or engine.steps.drafter:
+        assert sum(stats.failed_steps for stats in going.stats) >= 1
+    assert sum(result.finish_reason == "length" for result in results.values()) >= 2
 
 
 def test_an_exception_while_committing(engine: Engine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,3 +123,27 @@ def test_any_pool_that_holds_the_largest_request_serves_all(model: PreTrainedMod
         results = going.finish()
         assert all(result.finish_reason == "length" for result in results.values())
         assert engine.pool.available == engine.pool.num_blocks - 1
+
+
+def test_a_failing_step_beside_a_preempted_request(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"tree_nodes": 4}
+    engine = build(model, random_head(model), kv_cache_memory=pool_bytes(options, model, True, 24), **options)
+    expected = run(build(model, random_head(model), **options), [(prompt, GREEDY) for prompt in PROMPTS[:4]])
+    going = Run(engine)
+    for i in range(4):
+        going.add(str(i), PROMPTS[i], GREEDY)
+    while not preemptions(going.stats):
+        going.step()
+    right = engine.steps.target.forward_parts
+    monkeypatch.setattr(engine.steps.target, "forward_parts", lambda *args: 1 / 0)
+    failing = {request.request_id for request in engine.scheduler.running}
+    going.step()
+    monkeypatch.setattr(engine.steps.target, "forward_parts", right)
+    going.finish()
+    for i, theirs in enumerate(expected):
+        if str(i) in failing:
+            assert going.results[str(i)].finish_reason == "error"
+        else:
+            same(going.results[str(i)], theirs)
+    assert 0 < len(failing) < 4
+    assert engine.pool.available == engine.pool.num_blocks - 1
