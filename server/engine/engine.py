@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -130,7 +131,8 @@ class Engine:
         prefilling, width = self.scheduler.next_prefill()
         decoding = self.scheduler.decoding()
         plan = self._plan(decoding)
-        outputs = self._guarded(lambda *work: self.steps.run(*work, width, plan, stats), prefilling + decoding, stats)
+        run = partial(self.steps.run, width=width, plan=plan, stats=stats)
+        outputs = self._guarded(run, prefilling + decoding, stats)
         if self.load_rule:
             self.load_rule.observe(plan)
         stats.drafting, stats.expected_gain = len(plan.drafting), plan.gain
