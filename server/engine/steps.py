@@ -55,6 +55,7 @@ class Steps:
         self.target, self.drafter, self.pool, self.cache, self.sigma = target, drafter, pool, cache, sigma
         self.learned: LearnedSigma | None = None
         self.ngrams: Ngrams | None = None
+        self.failed_drafts = 0  # since the engine last looked
         self.device = target.device
 
     def prefill(self, requests: list[Request], width: int, stats: StepStats) -> list[RequestOutput]:
@@ -229,6 +230,7 @@ class Steps:
             )
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
+            self.failed_drafts += 1
             return root_only(roots)
 
     def _temperature(self, requests: list[Request]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -52,10 +51,16 @@ def launch(*arguments: str) -> tuple[subprocess.Popen[str], list[str]]:
     return process, log
 
 
+def listening_at(log: list[str]) -> str | None:
+    found = re.search(r"running on (https?://\S+)", "".join(log))
+    return found[1] if found else None
+
+
 def wait_for_url(process: subprocess.Popen[str], log: list[str]) -> str:
+    """Where the server listens, once it is ready."""
     for _ in range(START_SECONDS * 10):
-        if found := re.search(r"running on (http://\S+)", "".join(log)):
-            return found[1]
+        if "server.lifecycle: ready" in "".join(log) and (url := listening_at(log)):
+            return url
         try:
             process.wait(0.1)
             break
@@ -89,7 +94,7 @@ def server(server_arguments: list[str]) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(60)
-    assert process.returncode in (0, -signal.SIGTERM)
+    assert process.returncode == 0
     assert not any("Traceback" in line for line in log), "".join(log)
 
 

@@ -5,8 +5,6 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from server.app import create_app
-from server.settings import Settings
 from tests.server.clients import serving
 from tests.server.fake_engine import FakeEngine
 
@@ -22,12 +20,6 @@ async def locked(engine: FakeEngine, anyio_backend: str) -> AsyncIterator[httpx.
 @pytest.mark.parametrize("path", ["/health", "/livez", "/readyz"])
 async def test_probes(locked: httpx.AsyncClient, path: str) -> None:
     assert (await locked.get(path)).status_code == 200
-
-
-async def test_health_of_a_stopped_engine(engine: FakeEngine) -> None:
-    app = create_app(engine, Settings())
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        assert (await client.get("/health")).status_code == 503
 
 
 @pytest.mark.parametrize(
