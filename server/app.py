@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware.cors import CORSMiddleware
 
+from server import faults
 from server.engine.async_engine import AsyncEngine
 from server.engine.loading import Report
 from server.gate import Gate
@@ -32,7 +33,10 @@ def create_app(load: Callable[[Report], "Engine"], settings: Settings) -> FastAP
     metrics = Metrics(settings.model_name)
 
     def load_service(report: Report) -> Service:
-        return _service(load(report), metrics, settings)
+        service = _service(load(report), metrics, settings)
+        if settings.faults:
+            faults.install(faults.parse(settings.faults), service)
+        return service
 
     life = Lifecycle(load_service, settings.drain_timeout)
 

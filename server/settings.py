@@ -18,6 +18,7 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
+from server import faults
 from server.engine.config import NGRAM, EngineConfig
 
 DEFAULTS = EngineConfig()
@@ -114,6 +115,7 @@ class Settings(BaseSettings):
     )
     served_model_name: str | None = Field(None, min_length=1, description="model name in the API; directory name or hub id by default")
     seed: int = Field(DEFAULTS.seed, description="seed of requests that bring none")
+    faults: str | None = Field(None, description="faults to inject, to test what the server survives: point:kind[:probability],...")
     config: Path | None = Field(None, description="YAML file with any of these options; flags and environment win")
 
     @classmethod
@@ -126,6 +128,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, ConfigFile(settings_cls)
+
+    @field_validator("faults")
+    @classmethod
+    def _known_faults(cls, value: str | None) -> str | None:
+        if value is not None:
+            faults.parse(value)
+        return value
 
     @field_validator("draft_temperature", mode="before")
     @classmethod

@@ -91,7 +91,7 @@ class AsyncEngine:
         """End the thread after the step in progress, unless that hangs; requests that are still open fail."""
         if self._worker is not None:
             self._worker.inbox.put(self._worker.stop)
-            await asyncio.to_thread(self._worker.join, STOP_TIMEOUT)
+            await asyncio.to_thread(self._worker.join, STOP_TIMEOUT if self.healthy else 0)
         self._end_open("abort", "The server is shutting down.")
 
     @property

@@ -107,6 +107,7 @@ def test_limits_and_trust() -> None:
         (["--step-timeout", "0"], "step-timeout: .*0.*'0'"),
         (["--drain-timeout", "-1"], "drain-timeout"),
         (["--ssl-keyfile", "key.pem"], "ssl-keyfile key.pem was given without ssl-certfile"),
+        (["--faults", "draft:raise:2"], "faults: 'draft:raise:2' is no fault: point:kind"),
         (["--config", "/does/not/exist"], "cannot read /does/not/exist"),
     ],
 )
