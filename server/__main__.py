@@ -66,7 +66,8 @@ def _load(settings: Settings, report: "Report") -> "Engine":
 def _uvicorn_config(app: "FastAPI", settings: Settings) -> "uvicorn.Config":
     import uvicorn
 
-    from server.listener import MAX_HEADERS, Connection
+    from server.gate import MAX_HEADER_BYTES
+    from server.listener import Connection
 
     class LimitedConnection(Connection):
         client_timeout = settings.client_timeout
@@ -75,7 +76,7 @@ def _uvicorn_config(app: "FastAPI", settings: Settings) -> "uvicorn.Config":
         app,
         http=LimitedConnection,
         ws="none",
-        h11_max_incomplete_event_size=MAX_HEADERS,
+        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=FLUSH_TIMEOUT,
         ssl_certfile=settings.ssl_certfile,

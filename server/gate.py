@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PROBES = frozenset({b"/health", b"/livez", b"/readyz"})
 ALWAYS = PROBES | {b"/metrics", b"/version", b"/openapi.json"}  # answered while there is no engine to ask
 MAX_BODY = 32 * 2**20  # bytes
+MAX_HEADER_BYTES, MAX_HEADERS = 64 * 2**10, 256
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -66,6 +67,8 @@ class Gate:
         if self._expected and path not in PROBES and not self._has_key(headers):
             message = "Missing or wrong API key; send it as `Authorization: Bearer KEY`."
             return APIError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"}).response()
+        if len(headers.raw) > MAX_HEADERS or sum(len(name) + len(value) for name, value in headers.raw) > MAX_HEADER_BYTES:
+            return APIError(431, f"More than {MAX_HEADERS} headers, or than {MAX_HEADER_BYTES} bytes of them.").response()
         length = headers.get("content-length", "")
         if length.isdecimal() and int(length) > MAX_BODY:
             return _too_large().response()

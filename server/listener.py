@@ -16,7 +16,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from server.lifecycle import Lifecycle
 
 logger = logging.getLogger(__name__)
-MAX_HEADERS = 64 * 2**10  # bytes of a request's line and headers together; more are a 400
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from tests.server.clients import serving
+from tests.server.clients import check, serving
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -67,6 +67,22 @@ async def test_request_id_is_made(client: httpx.AsyncClient, sent: str) -> None:
     headers = {"x-request-id": sent.encode()}
     first, second = [(await client.get("/health", headers=headers)).headers["x-request-id"] for _ in range(2)]
     assert len({first, second, sent}) == 3
+
+
+@pytest.mark.parametrize("headers", [[("x", "y")] * 300, [("x", "y" * 70_000)]])
+async def test_too_many_headers(client: httpx.AsyncClient, headers: list[tuple[str, str]]) -> None:
+    check(await client.get("/health", headers=headers), 431)
+
+
+async def test_keys_with_letters_of_any_kind(engine: FakeEngine) -> None:
+    async with serving(engine, api_key="a, Clé") as client:
+        for key, status in (("a", 200), ("Clé", 200), ("Cle", 401), ("a, Clé", 401)):
+            assert (await client.get("/v1/models", headers={"authorization": f"Bearer {key}".encode()})).status_code == status
+
+
+async def test_pages_get_no_permission_by_default(client: httpx.AsyncClient) -> None:
+    response = await client.get("/v1/models", headers={"origin": "https://other.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 async def test_metrics_after_a_request(client: httpx.AsyncClient) -> None:
