@@ -71,7 +71,7 @@ def _places(point: str, service: "Service") -> Iterator[tuple[Any, str]]:
         case "step":
             yield engine, "step"
         case "prefill":
-            yield steps, "prefill"
+            yield steps, "_prompt_rows"
         case "draft":
             if steps.drafter is not None:
                 yield steps.drafter.head, "logits"

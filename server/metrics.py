@@ -40,6 +40,7 @@ class Metrics:
         self._prefix_hits.inc(stats.prefix_cache_hits)
         self._step_failures.inc(stats.failed_steps)
         self._draft_failures.inc(stats.failed_drafts)
+        self._preemptions.inc(stats.preemptions)
         if stats.generation_tokens:
             self._recent.append((self._clock(), stats.generation_tokens))
             self._forget_old()
@@ -59,6 +60,9 @@ class Metrics:
         """A request that gained m tokens waited 1/m of the time for each: that is the latency per token, not per burst."""
         self._since_decoding += stats.seconds
         if stats.emitted:
+            self._drafting.set(stats.drafting)
+            self._levels.set(stats.draft_levels)
+            self._gain.set(stats.expected_gain)
             for tokens in stats.emitted:
                 for _ in range(tokens):
                     self._token_latency.observe(self._since_decoding / tokens)
@@ -106,6 +110,7 @@ class Metrics:
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache, and not computed.")
         self._step_failures = self._counter("step_failures", "Forward passes that raised, repeated ones of single requests included.")
         self._draft_failures = self._counter("draft_failures", "Drafts that failed, so that the step decoded plainly.")
+        self._preemptions = self._counter("num_preemptions", "Requests that lost their cache blocks to others and are computed anew.")
         self._accepted_per_position = Counter(
             "vsd_spec_decode_num_accepted_tokens_per_pos",
             "Verifications that accepted a token at this depth of the tree, the first level being 0.",
@@ -132,6 +137,9 @@ class Metrics:
     def _create_gauges(self) -> None:
         self._running = self._gauge("num_requests_running", "Requests in the batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a place.")
+        self._drafting = self._gauge("spec_decode_num_requests_drafting", "Requests of the last decoding step that could draft.")
+        self._levels = self._gauge("spec_decode_draft_levels", "Levels of the last decoding step's trees, 0 where nobody drafted.")
+        self._gain = self._gauge("spec_decode_expected_gain", "Tokens per second over those of plain decoding, as the load rule expects.")
         self._kv_usage = self._gauge("kv_cache_usage_ratio", "Used share of the KV cache, 0 to 1.")
         rate = self._gauge("generation_tokens_per_second", f"Tokens generated per second over the last {WINDOW:g} seconds.")
         rate.set_function(self._tokens_per_second)

@@ -41,6 +41,7 @@ class Plan:
 
     shape: TreeShape
     drafting: list[Request]
+    gain: float = 1.0  # tokens per second over those of plain decoding, as expected
     levels: int = 0
     drafts: list[tuple[Request, int, int]] = field(default_factory=list)
 
@@ -88,7 +89,9 @@ class LoadRule:
             return Plan(self.shape.shrunk(1), [])
         speed = max(speed if best else 0.0, batch / cost.plain)
         level = self.costs[self._measured(len(chosen))].level
-        return Plan(self.shape._replace(level_price=speed * level, node_price=speed * cost.node / batch), chosen)
+        return Plan(
+            self.shape._replace(level_price=speed * level, node_price=speed * cost.node / batch), chosen, speed * cost.plain / batch
+        )
 
     def _probe(self, idle: list[Request]) -> list[Request]:
         """The request that drafts all the same, now and then: the one whose draft cache is the least behind."""

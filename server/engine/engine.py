@@ -125,21 +125,30 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> tuple[list[RequestOutput], StepStats]:
-        """Compute the next prompt chunks, then draft, verify and commit for every decoding request."""
+        """Compute the next prompt chunks, and draft, verify and commit for every decoding request."""
         stats, start = StepStats(), time.monotonic()
+        self._make_room(stats)
         self.scheduler.admit(start, stats)
         prefilling, width = self.scheduler.next_prefill()
-        outputs = self._guarded(lambda requests, stats: self.steps.prefill(requests, width, stats), prefilling, stats)
         decoding = self.scheduler.decoding()
         plan = self._plan(decoding)
-        outputs += self._guarded(lambda requests, stats: self.steps.decode(requests, plan, stats), decoding, stats)
+        outputs = self._guarded(lambda requests, stats: self.steps.run(requests, width, plan, stats), prefilling + decoding, stats)
         if self.load_rule:
             self.load_rule.observe(plan)
         self._bound_pending(stats)
         stats.failed_drafts, self.steps.failed_drafts = stats.failed_drafts + self.steps.failed_drafts, 0
+        stats.drafting, stats.expected_gain = len(plan.drafting), plan.gain
         stats.seconds = time.monotonic() - start
         stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
         return outputs, stats
+
+    def _make_room(self, stats: StepStats) -> None:
+        """Preempt requests until the others have blocks for this step."""
+        while (request := self.scheduler.make_room()) is not None:
+            if request.prefilling:
+                self._clear(request)  # nobody has looked at its logits yet
+            self.scheduler.preempt(request)
+            stats.preemptions += 1
 
     def _plan(self, decoding: list[Request]) -> Plan:
         """Who may draft in this step, and how much."""

@@ -57,7 +57,7 @@ class BlockPool:
     @property
     def usage(self) -> float:
         """Share of the blocks that requests own, 0..1."""
-        return 1 - self._available / (self.num_blocks - 1)
+        return 1 - self.available / (self.num_blocks - 1)
 
     @property
     def capacity(self) -> int:
@@ -65,20 +65,21 @@ class BlockPool:
         return min(self.num_blocks - 1, self.tables.shape[1]) * self.block_size
 
     @property
-    def _available(self) -> int:
+    def available(self) -> int:
+        """Blocks that nobody owns."""
         return len(self._free_blocks) + len(self._kept)
 
     def find(self, key: bytes) -> int | None:
         """The block that holds what ``key`` stands for."""
         return self._by_key.get(key)
 
-    def allocate(self, slots: int, prefix: Sequence[int] = ()) -> int | None:
-        """Reserve ``slots`` logical slots that begin with the blocks ``prefix``, found a moment ago.
+    def allocate(self, slots: int, prefix: Sequence[int] = (), spare: int = 0) -> int | None:
+        """Reserve ``slots`` logical slots that begin with the blocks ``prefix``, found a moment ago, and leave ``spare`` blocks.
 
         Returns the row of ``tables``, or None when rows or blocks are short now.
         """
         fresh = -(-slots // self.block_size) - len(prefix)
-        if not self._free_rows or fresh > self._available - sum(block in self._kept for block in prefix):
+        if not self._free_rows or fresh + spare > self.available - sum(block in self._kept for block in prefix):
             return None
         for block in prefix:
             self._kept.pop(block, None)
@@ -89,6 +90,19 @@ class BlockPool:
         self.tables[row] = PADDING_BLOCK
         self.tables[row, : len(owned)] = torch.tensor(owned, device=self.tables.device)
         return row
+
+    def grow(self, row: int, slots: int) -> bool:
+        """Let ``row`` have ``slots`` logical slots in all; False, and nothing changed, when blocks are short now."""
+        owned = self._owned[row]
+        missing = -(-slots // self.block_size) - len(owned)
+        if missing > self.available:
+            return False
+        for _ in range(missing):
+            block = self._take()
+            self._owners[block] += 1
+            self.tables[row, len(owned)] = block
+            owned.append(block)
+        return True
 
     def _take(self) -> int:
         if self._free_blocks:

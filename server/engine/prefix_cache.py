@@ -19,11 +19,12 @@ class PrefixCache:
         self.pool, self.enabled = pool, enabled
 
     def find(self, request: Request) -> list[int]:
-        """The blocks, in order, that hold the beginning of the request's prompt; none if the prompt's own rows are asked for."""
+        """The blocks, in order, that hold the beginning of what the request must compute; none if the prompt's own rows are asked for."""
         if not self.enabled or request.params.prompt_logprobs is not None:
             return []
         self._extend_keys(request)
-        blocks = map(self.pool.find, request.block_keys)
+        keys = request.block_keys[: (request.prefill_len - 1) // self.pool.block_size]  # the last row's state is the draft's
+        blocks = map(self.pool.find, keys)
         return [block for block in takewhile(lambda block: block is not None, blocks) if block is not None]
 
     def offer(self, request: Request, rows: int) -> None:

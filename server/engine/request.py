@@ -17,6 +17,7 @@ from server.engine.types import FinishReason, RequestOutput, RequestTimes, Sampl
 class Request:
     """``token_ids`` holds prompt and output. K and V of the first ``context_len`` tokens are in the target's cache, of the first
     ``draft_len`` in the draft's (row i of the draft needs token i + 1); ``pending`` holds the target features of the rows between.
+    Before decoding, the first ``prefill_len`` tokens are computed: the prompt, and after a preemption all but the last token.
     ``block_keys``: see ``extend_keys``; the first ``num_offered`` blocks were taken over from other requests, or offered to them.
     """
 
@@ -31,6 +32,7 @@ class Request:
     scheduled: float | None = None
     first_token: float | None = None
     row: int = -1  # of the block tables
+    prefill_len: int = 0
     context_len: int = 0
     draft_len: int = 0
     pending: list[Tensor] = field(default_factory=list)  # [n, 3 * H] each
@@ -56,7 +58,7 @@ class Request:
         vocab_size: int,
     ) -> "Request":
         detokenizer = Detokenizer(tokenizer, prompt, params.stop, params.include_stop_str_in_output)
-        request = cls(request_id, len(prompt), list(prompt), params, seed, eos, detokenizer)
+        request = cls(request_id, len(prompt), list(prompt), params, seed, eos, detokenizer, prefill_len=len(prompt))
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0:
             request.output_counts = torch.zeros(vocab_size, dtype=torch.int32)
             request.prompt_tokens = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, torch.tensor(prompt), True)
@@ -73,7 +75,12 @@ class Request:
 
     @property
     def prefilling(self) -> bool:
-        return self.context_len < self.prompt_len
+        return self.context_len < self.prefill_len
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """``prompt_logprobs`` while the prompt's rows are still to be reported, then None."""
+        return None if self.num_output else self.params.prompt_logprobs
 
     @property
     def max_len(self) -> int:
@@ -97,8 +104,19 @@ class Request:
 
     def start(self, row: int, blocks: int, block_size: int, now: float) -> None:
         """Begin to run in ``row``, whose first ``blocks`` blocks hold the beginning of the prompt."""
-        self.row, self.scheduled, self.num_offered = row, now, blocks
-        self.num_cached_tokens = self.context_len = self.draft_len = blocks * block_size
+        self.row, self.num_offered = row, blocks
+        self.context_len = self.draft_len = blocks * block_size
+        if self.scheduled is None:
+            self.scheduled, self.num_cached_tokens = now, self.context_len
+
+    def preempt(self) -> None:
+        """Stop to run: what the caches hold will be computed again, and what was generated stays."""
+        self.row, self.context_len, self.draft_len = -1, 0, 0
+        self.pending.clear()
+        if self.num_output:
+            self.prefill_len = len(self.token_ids) - 1
+        else:
+            self.prompt_logprobs = [None]
 
     def commit(self, tokens: list[int], logprobs: list[TokenLogprob] | None) -> RequestOutput:
         """Append the committed ``tokens`` up to where the request ends; return what may be shown."""

@@ -11,30 +11,45 @@ PREFILL_ROWS = 512  # prompt tokens of one forward pass, padding included
 
 
 class Scheduler:
-    """Requests wait until the pool holds all that they can ever need, so a running request never runs out of blocks."""
+    """First come, first served. A request runs when the pool has blocks for what it must compute first; when blocks run out later, the
+    request that came last waits again and is computed anew.
+    """
 
     def __init__(self, pool: BlockPool, prefix_cache: PrefixCache, lookahead: int) -> None:
         self.pool, self.prefix_cache, self.lookahead = pool, prefix_cache, lookahead
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
-    def slots(self, request: Request) -> int:
-        """Slots that a request can need: its tokens and the tree nodes beyond them."""
-        return request.max_len + self.lookahead
-
     def admit(self, now: float, stats: StepStats) -> None:
-        """Move requests from waiting to running, in order, as far as the pool allows."""
+        """Move requests from waiting to running, in order, while the pool has their blocks and one more for each that runs already."""
         while self.waiting:
             request = self.waiting[0]
             prefix = self.prefix_cache.find(request)
-            row = self.pool.allocate(self.slots(request), prefix)
+            row = self.pool.allocate(request.prefill_len + self.lookahead, prefix, spare=len(self.running))
             if row is None:
                 return
+            first_time = request.scheduled is None
             self.running.append(self.waiting.popleft())
             request.start(row, len(prefix), self.pool.block_size, now)
-            if self.prefix_cache.enabled and request.params.prompt_logprobs is None:
+            if first_time and self.prefix_cache.enabled and request.params.prompt_logprobs is None:
                 stats.prefix_cache_queries += request.prompt_len
                 stats.prefix_cache_hits += request.num_cached_tokens
+
+    def make_room(self) -> Request | None:
+        """Give every decoding request the blocks that a step may write to. Returns the request to preempt where they are short: the one
+        that came last, so that the first always goes on; then ask again.
+        """
+        for request in self.running:
+            if not request.prefilling and not self.pool.grow(request.row, request.context_len + self.lookahead):
+                return self.running[-1]
+        return None
+
+    def preempt(self, request: Request) -> None:
+        """Let a running request wait again, ahead of all that came after it."""
+        self.running.remove(request)
+        self.pool.release(request.row)
+        request.preempt()
+        self.waiting.appendleft(request)
 
     def next_prefill(self) -> tuple[list[Request], int]:
         """Requests whose next prompt chunk is computed now, and the chunk's width: at most PREFILL_ROWS rows, padding included."""
@@ -42,7 +57,7 @@ class Scheduler:
         width = 0
         for request in self.running:
             if request.prefilling:
-                wanted = max(width, min(request.prompt_len - request.context_len, PREFILL_ROWS))
+                wanted = max(width, min(request.prefill_len - request.context_len, PREFILL_ROWS))
                 if wanted * (len(batch) + 1) > PREFILL_ROWS:
                     break
                 batch.append(request)

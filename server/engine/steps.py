@@ -1,4 +1,4 @@
-"""The two kinds of forward pass: prompt chunks, and draft -> verify -> commit for every decoding request at once."""
+"""The device side of a step: prompt chunks, and draft -> verify -> commit for every decoding request, in one forward pass."""
 
 import logging
 from collections import defaultdict
@@ -58,63 +58,87 @@ class Steps:
         self.failed_drafts = 0  # since the engine last looked
         self.device = target.device
 
-    def prefill(self, requests: list[Request], width: int, stats: StepStats) -> list[RequestOutput]:
-        """Compute one prompt chunk of at most ``width`` tokens each; a request whose prompt is complete gets its first token."""
-        chunks = [request.token_ids[request.context_len : min(request.prompt_len, request.context_len + width)] for request in requests]
+    def run(self, requests: list[Request], width: int, plan: Plan, stats: StepStats) -> list[RequestOutput]:
+        """One forward pass: a chunk of at most ``width`` tokens for requests that compute their prompts, a verification for the others."""
+        prefilling = [request for request in requests if request.prefilling]
+        decoding = [request for request in requests if not request.prefilling]
+        chunks = [request.token_ids[request.context_len : min(request.prefill_len, request.context_len + width)] for request in prefilling]
+        prompts = [self._prompt_rows(prefilling, chunks)] if prefilling else []
+        batches = self._verifications(decoding, plan) if decoding else []
+        results = self.target.forward_parts([*prompts, *(batch.rows for batch in batches)], self.cache)
+        first = self._first_tokens(prefilling, chunks, prompts[0], results[0][0]) if prefilling else None
+        verdicts = [
+            _verify(batch.tree, batch.reach, logits.unflatten(0, batch.tree.tokens.shape), batch.options, batch.noise)
+            for batch, (logits, _) in zip(batches, results[len(prompts) :], strict=True)
+        ]
+        # Nothing above changes a request, so that a failure can be tried again for each one alone.
+        outputs = []
+        if prefilling:
+            self._extend(prefilling, chunks, *results[0], stats)
+        if first is not None:
+            outputs += self._commit(*first, stats)
+        for batch, (logits, features), (verdict, healthy) in zip(batches, results[len(prompts) :], verdicts, strict=True):
+            outputs += self._settle(batch, logits, features, verdict, healthy, plan, stats)
+        return outputs
+
+    def _prompt_rows(self, requests: list[Request], chunks: list[list[int]]) -> Rows:
+        """The next chunk of every prompt; the logits of its last row, or of all where some request wants them."""
         tokens, layout = self._chunk([request.row for request in requests], [request.context_len for request in requests], chunks)
-        last_rows = torch.tensor([i * tokens.shape[1] + len(chunk) - 1 for i, chunk in enumerate(chunks)], device=self.device)
-        every_row = any(request.params.prompt_logprobs is not None for request in requests)
-        logits, features = self.target.forward(tokens, layout, self.cache, None if every_row else last_rows)
+        if any(request.prompt_alternatives is not None for request in requests):
+            return Rows(tokens, layout)
+        return Rows(tokens, layout, self._last_rows(tokens, chunks))
+
+    def _last_rows(self, tokens: Tensor, chunks: list[list[int]]) -> Tensor:
+        return torch.tensor([i * tokens.shape[1] + len(chunk) - 1 for i, chunk in enumerate(chunks)], device=self.device)
+
+    def _first_tokens(
+        self, requests: list[Request], chunks: list[list[int]], rows: Rows, logits: Tensor
+    ) -> tuple[list[Request], Verdict, Tensor, Tensor] | None:
+        """The token after every prompt that is complete now; one that was preempted has it already."""
         complete = [
             i
             for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True))
-            if request.context_len + len(chunk) == request.prompt_len
+            if request.context_len + len(chunk) == request.prefill_len and not request.num_output
         ]
+        if not complete:
+            return None
         done = [requests[i] for i in complete]
-        last = (logits[last_rows] if every_row else logits)[complete, None]
-        verified = self._verify_roots(done, last) if done else None
-        # Nothing above changes a request, so that a failure can be tried again for each one alone.
+        last = (logits if rows.keep is not None else logits[self._last_rows(rows.tokens, chunks)])[complete, None]  # [B, 1, V]
+        options = batch_options(done, self.target.vocab_size, self.device)
+        noise = batch_noise(done, 1, self.target.vocab_size, self.device)
+        return done, *_verify(root_only(self._roots(done)), 0, last, options, noise), last
+
+    def _extend(self, requests: list[Request], chunks: list[list[int]], logits: Tensor, features: Tensor | None, stats: StepStats) -> None:
+        """Note what the chunks have computed; logits as ``_prompt_rows`` asked for them."""
+        width = max(map(len, chunks))
         for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
-            if request.params.prompt_logprobs is not None:
+            if request.prompt_alternatives is not None:
                 following = request.token_ids[request.context_len + 1 : request.context_len + len(chunk) + 1]
-                rows = logits[i * tokens.shape[1] :][: len(following)]
-                request.prompt_logprobs += token_logprobs(rows, following, request.params.prompt_logprobs)
+                rows = logits[i * width :][: len(following)]
+                request.prompt_logprobs += token_logprobs(rows, following, request.prompt_alternatives)
             if features is not None:
                 request.pending.append(features[i, : len(chunk)])
             request.context_len += len(chunk)
             stats.prompt_tokens += len(chunk)
-        return self._commit(done, *verified, last, stats) if verified else []
 
-    def _verify_roots(self, requests: list[Request], logits: Tensor) -> tuple[Verdict, Tensor]:
-        """The first token after each prompt; logits [B, 1, V]."""
-        options = batch_options(requests, self.target.vocab_size, self.device)
-        noise = batch_noise(requests, 1, self.target.vocab_size, self.device)
-        return _verify(root_only(self._roots(requests)), 0, logits, options, noise)
-
-    def decode(self, requests: list[Request], plan: Plan, stats: StepStats) -> list[RequestOutput]:
-        """One verification of every request: grow trees, run the target over all nodes, keep what it would have generated."""
-        chosen = set(map(id, plan.drafting))
+    def _verifications(self, requests: list[Request], plan: Plan) -> list[Verification]:
+        """Trees for those that draft, the roots alone for the others."""
+        chosen = set(map(id, plan.drafting)) if plan.shape.nodes > 1 else set()
         drafting = [request for request in requests if id(request) in chosen]
-        batches = []
-        if drafting and plan.shape.nodes > 1:
-            batches.append(self._draft(drafting, plan))
-        if len(drafting) < len(requests) or not batches:
-            batches.append(self._plain([request for request in requests if not batches or id(request) not in chosen]))
-        results = self.target.forward_parts([batch.rows for batch in batches], self.cache)
-        verdicts = [
-            _verify(batch.tree, batch.reach, logits.unflatten(0, batch.tree.tokens.shape), batch.options, batch.noise)
-            for batch, (logits, _) in zip(batches, results, strict=True)
-        ]
-        outputs = []
-        for batch, (logits, features), (verdict, healthy) in zip(batches, results, verdicts, strict=True):
-            if batch.tree.tokens.shape[1] > 1:
-                self._accept(batch, verdict, plan, stats)
-            if features is not None:
-                self._remember(batch.requests, features, verdict)
-            committed = self._commit(batch.requests, verdict, healthy, logits.unflatten(0, batch.tree.tokens.shape), stats)
-            if self.ngrams is not None and batch.guesses is not None:
-                self.ngrams.learn(batch.guesses, [output.token_ids for output in committed])
-            outputs += committed
+        plain = [request for request in requests if id(request) not in chosen]
+        return [*([self._draft(drafting, plan)] if drafting else []), *([self._plain(plain)] if plain else [])]
+
+    def _settle(
+        self, batch: Verification, logits: Tensor, features: Tensor | None, verdict: Verdict, healthy: Tensor, plan: Plan, stats: StepStats
+    ) -> list[RequestOutput]:
+        """Keep what was verified; logits [B * N, V]."""
+        if batch.tree.tokens.shape[1] > 1:
+            self._accept(batch, verdict, plan, stats)
+        if features is not None:
+            self._remember(batch.requests, features, verdict)
+        outputs = self._commit(batch.requests, verdict, healthy, logits.unflatten(0, batch.tree.tokens.shape), stats)
+        if self.ngrams is not None and batch.guesses is not None:
+            self.ngrams.learn(batch.guesses, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
         return outputs
 

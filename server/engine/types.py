@@ -117,7 +117,8 @@ class RequestTimes:
 class StepStats:
     """What one engine step did, for the metrics.
 
-    ``drafts``: one (draft nodes, accepted nodes) pair per request that verified a tree. ``draft_levels`` and ``tree_nodes``: of
+    ``drafts``: one (draft nodes, accepted nodes) pair per request that verified a tree. ``drafting``: requests that could
+    draft; ``expected_gain``: speed over plain decoding that the load rule hoped for; ``draft_levels`` and ``tree_nodes``: of
     every request's tree, 0 and 1 where the step decoded plainly. ``emitted``: tokens that each decoding request gained in this step.
     ``prefix_cache_queries`` and ``prefix_cache_hits``: prompt tokens looked up, and found, when requests began to run.
     ``failed_steps``: forward passes that raised, repetitions included; ``failed_drafts``: drafts that raised, so that nothing was drafted.
@@ -129,6 +130,8 @@ class StepStats:
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0
     drafts: list[tuple[int, int]] = field(default_factory=list)
+    drafting: int = 0
+    expected_gain: float = 1.0
     draft_levels: int = 0
     tree_nodes: int = 1
     emitted: list[int] = field(default_factory=list)
@@ -138,6 +141,7 @@ class StepStats:
     kv_usage: float = 0.0
     failed_steps: int = 0
     failed_drafts: int = 0
+    preemptions: int = 0
 
 
 class Tree(NamedTuple):

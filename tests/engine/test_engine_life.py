@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.engine import Engine
+from server.engine.kv_cache import PagedTensors
 from server.engine.request import Request
+from server.engine.target import Rows
 from server.engine.types import SamplingParams
 from tests.engine.engines import POISON, Run, build, byte_tokenizer, poisoned_model, random_head, run, tiny_model
 from tests.engine.guided import Guide
@@ -416,3 +419,26 @@ def test_features_that_wait_for_the_draft_stay_bounded(model: PreTrainedModel, m
     [request] = fresh.scheduler.running
     assert request.draft_len >= len(tokens)
     going.finish()
+
+
+def test_prompts_and_verifications_share_one_forward_pass(
+    engine: Engine, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that arrive while others decode, with prompts of several chunks."""
+    monkeypatch.setattr("server.engine.scheduler.PREFILL_ROWS", 8)
+    passes: list[int] = []  # parts of each
+    forward = engine.steps.target.forward_parts
+
+    def counted(parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
+        passes.append(len(parts))
+        return forward(parts, cache)
+
+    monkeypatch.setattr(engine.steps.target, "forward_parts", counted)
+    going = Run(engine)
+    for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True)):
+        going.add(str(i), prompt, params)
+        going.step()
+        going.step()
+    check_others(going, expected)
+    assert len(passes) == len(going.stats)
+    assert 2 in passes

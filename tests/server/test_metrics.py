@@ -48,6 +48,18 @@ def test_prefix_cache(metrics: Metrics) -> None:
     assert value(metrics, "prefix_cache_hits_total") == 32
 
 
+def test_decisions_of_the_load_rule(metrics: Metrics) -> None:
+    metrics.observe(StepStats(seconds=0.01, emitted=[3, 1], drafting=1, draft_levels=4, expected_gain=1.7))
+    metrics.observe(StepStats(seconds=0.01, prompt_tokens=9))  # nothing was decoded
+    assert value(metrics, "spec_decode_num_requests_drafting") == 1
+    assert value(metrics, "spec_decode_draft_levels") == 4
+    assert value(metrics, "spec_decode_expected_gain") == 1.7
+    metrics.observe(StepStats(seconds=0.01, emitted=[1, 1], preemptions=2))
+    assert value(metrics, "spec_decode_num_requests_drafting") == 0
+    assert value(metrics, "spec_decode_expected_gain") == 1
+    assert value(metrics, "num_preemptions_total") == 2
+
+
 def test_tokens_per_second_falls_to_zero(metrics: Metrics, clock: Clock) -> None:
     for _ in range(10):
         clock.now += 0.5
