@@ -71,14 +71,17 @@ class Steps:
             _verify(batch.tree, batch.reach, logits.unflatten(0, batch.tree.tokens.shape), batch.options, batch.noise)
             for batch, (logits, _) in zip(batches, results[len(prompts) :], strict=True)
         ]
-        # Nothing above changes a request, so that a failure can be tried again for each one alone.
+        for batch, (verdict, _) in zip(batches, verdicts, strict=True):
+            if batch.tree.tokens.shape[1] > 1:
+                self._accept(batch, verdict, plan, stats)
+        # Nothing above changes what a request says, so that a failure can be tried again for each one alone.
         outputs = []
         if prefilling:
             self._extend(prefilling, chunks, *results[0], stats)
         if first is not None:
             outputs += self._commit(*first, stats)
         for batch, (logits, features), (verdict, healthy) in zip(batches, results[len(prompts) :], verdicts, strict=True):
-            outputs += self._settle(batch, logits, features, verdict, healthy, plan, stats)
+            outputs += self._settle(batch, logits, features, verdict, healthy, stats)
         return outputs
 
     def _prompt_rows(self, requests: list[Request], chunks: list[list[int]]) -> Rows:
@@ -129,11 +132,9 @@ class Steps:
         return [*([self._draft(drafting, plan)] if drafting else []), *([self._plain(plain)] if plain else [])]
 
     def _settle(
-        self, batch: Verification, logits: Tensor, features: Tensor | None, verdict: Verdict, healthy: Tensor, plan: Plan, stats: StepStats
+        self, batch: Verification, logits: Tensor, features: Tensor | None, verdict: Verdict, healthy: Tensor, stats: StepStats
     ) -> list[RequestOutput]:
         """Keep what was verified; logits [B * N, V]."""
-        if batch.tree.tokens.shape[1] > 1:
-            self._accept(batch, verdict, plan, stats)
         if features is not None:
             self._remember(batch.requests, features, verdict)
         outputs = self._commit(batch.requests, verdict, healthy, logits.unflatten(0, batch.tree.tokens.shape), stats)

@@ -14,7 +14,7 @@ from server.faults import Fault, install, parse
 from server.openai.service import Service
 from tests.engine.engines import Run, build, random_head, tiny_model
 
-PROMPTS = [[10, 20, 30], [40, 50, 60, 70] * 9]
+PROMPTS = [[10, 20, 30], [40, 50, 60, 70] * 9, [5, 6]]
 PARAMS = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
 
 
@@ -55,10 +55,12 @@ def faulty(engine: Engine, text: str) -> Service:
 
 
 def texts(engine: Engine, prefix: str = "") -> dict[str, list[int] | None]:
-    """What is generated after the prompts, None for a request that failed."""
+    """What is generated after the prompts, which come one after the other; None for a request that failed."""
     going = Run(engine)
     for i, prompt in enumerate(PROMPTS):
         going.add(f"{prefix}{i}", prompt, PARAMS)
+        going.step()
+        going.step()
     return {name[len(prefix) :]: None if r.finish_reason == "error" else r.token_ids for name, r in going.finish().items()}
 
 
