@@ -86,15 +86,15 @@ def _places(point: str, service: "Service") -> Iterator[tuple[Any, str]]:
 
 
 def _wrapped(function: Callable[..., Any], fault: Fault, draws: random.Random) -> Callable[..., Any]:
-    error = None if fault.kind in ("sleep", "nan") else _error(fault)
+    raises = fault.kind not in ("sleep", "nan")
 
     if inspect.iscoroutinefunction(function):
 
         @wraps(function)
         async def call_async(*args: Any, **options: Any) -> Any:
             if draws.random() < fault.probability:
-                if error is not None:
-                    raise error
+                if raises:
+                    raise _error(fault)
                 await asyncio.sleep(fault.seconds)
             return await function(*args, **options)
 
@@ -104,8 +104,8 @@ def _wrapped(function: Callable[..., Any], fault: Fault, draws: random.Random) -
     def call(*args: Any, **options: Any) -> Any:
         if draws.random() >= fault.probability:
             return function(*args, **options)
-        if error is not None:
-            raise error
+        if raises:
+            raise _error(fault)
         time.sleep(fault.seconds)
         result = function(*args, **options)
         return _with_nan(result) if fault.kind == "nan" else result

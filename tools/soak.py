@@ -173,7 +173,11 @@ async def _check_rows(http: httpx.AsyncClient, tally: Tally) -> None:
 async def _check_greedy(http: httpx.AsyncClient, tally: Tally) -> None:
     for key, texts in tally.greedy.items():
         body = {**json.loads(key), "speculation": {"enabled": False}}
-        plain = (await http.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+        response = await http.post("/v1/completions", json=body)
+        if response.status_code != 200:
+            tally.faults.append(f"status {response.status_code} for {body}: {response.text[:200]}")
+            continue
+        plain = response.json()["choices"][0]["text"]
         if texts != {plain}:
             tally.faults.append(f"not the text of plain decoding, {plain!r}, but {texts - {plain}} for {key}")
 

@@ -85,7 +85,7 @@ def test_no_path_goes_around_the_key(http: httpx.Client, guarded: Server, target
     "headers", [b"".join(b"x-%d: y\r\n" % i for i in range(10_000)), b"x: " + b"y" * (16 << 20) + b"\r\n"], ids=["many", "long"]
 )
 def test_headers_without_end(http: httpx.Client, guarded: Server, headers: bytes) -> None:
-    answer = exchange(guarded, b"GET /health HTTP/1.1\r\nhost: x\r\n" + headers + b"\r\n")
+    answer = exchange(guarded, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + headers + b"\r\n")
     assert not answer or answer.split()[1] in (b"400", b"431")
 
 

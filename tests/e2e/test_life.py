@@ -1,13 +1,16 @@
 """The life of a server process: it loads, serves, drains, and says when it is beyond help."""
 
 import json
+import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from tests.e2e.conftest import Server, at_rest, launch, listening_at, serving, wait_for_url, wait_until
 
@@ -117,6 +120,28 @@ def test_a_port_that_is_taken(pair: list[str]) -> None:
         assert process.wait(120) == 1
     (error,) = [line for line in log if line.startswith("error: ")]
     assert error.startswith(f"error: cannot listen on 127.0.0.1 port {port}: Address already in use")
+
+
+def truncate(head: Path) -> None:
+    weights = head / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def pickle(head: Path) -> None:
+    (head / "model.safetensors").unlink()
+    torch.save({}, head / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("damage", [truncate, pickle])
+def test_a_head_that_cannot_be_used(pair: list[str], tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    head = tmp_path / "head"
+    shutil.copytree(pair[2], head)
+    damage(head)
+    process, log = launch(pair[0], "--draft", str(head))
+    assert process.wait(120) == 1
+    (error,) = [line for line in log if line.startswith("error: ")]
+    assert str(head) in error
+    assert not any("Traceback" in line for line in log)
 
 
 @pytest.mark.parametrize("seconds", [0, 3])
