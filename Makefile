@@ -5,6 +5,8 @@ VENV ?= .venv
 TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 # Passed on to the program that a target runs, for example: make serve ARGS="--port 8001"
 ARGS ?=
+# How long make soak lasts.
+SECONDS ?= 600
 
 PY := $(VENV)/bin/python
 INSTALL = $(PY) -m pip install --constraint constraints/$(TORCH).txt --editable
@@ -14,7 +16,7 @@ CONFORMANCE := build/conformance/venv
 BENCH := build/bench/venv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench bench-http bench-peers gpu-check conformance clean
+.PHONY: help serve test lint bench bench-http bench-peers soak gpu-check conformance clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +39,9 @@ bench-http: $(VENV)/.dev ## speculation against plain decoding, over HTTP, in on
 	$(PY) -m tools.bench.http $(ARGS)
 
 bench-peers: $(BENCH)/.installed ## the environment of make bench's peers: vLLM's CPU build and CTranslate2
+
+soak: $(VENV)/.dev ## a server under mixed load for SECONDS=600, with clients that leave: nothing is left behind, every greedy text is right
+	$(PY) -m tools.soak --seconds $(SECONDS) $(ARGS)
 
 gpu-check: ## kernel tests, token equality and benchmarks on an NVIDIA GPU, with $(PYTHON) as it is
 	$(PYTHON) -m tools.gpu_check

@@ -1,6 +1,8 @@
 """Every option of the server, once: flag, environment variable, YAML key, default and help."""
 
 import math
+from functools import cached_property
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
+from server import faults
 from server.engine.config import NGRAM, EngineConfig
 
 DEFAULTS = EngineConfig()
@@ -90,12 +93,29 @@ class Settings(BaseSettings):
     prefix_caching: CliImplicitFlag[bool] = Field(
         DEFAULTS.prefix_caching, description="keep computed blocks, so that prompts that begin alike are computed once"
     )
-    api_key: SecretStr | None = Field(None, min_length=1, description="key that clients must send; no check without it")
+    api_key: SecretStr | None = Field(
+        None, min_length=1, description="key that clients must send, or several with commas between; no check without it"
+    )
+    api_key_file: Path | None = Field(None, description="file with further keys, one in a line")
+    allow_unauthenticated: CliImplicitFlag[bool] = Field(
+        False, description="listen without a key on an address that other machines can reach"
+    )
+    cors_origin: str | None = Field(
+        None, description="origins whose web pages may use the server, with commas between, or `*`; none by default"
+    )
+    ssl_certfile: Path | None = Field(None, description="certificate chain in PEM form: serve https")
+    ssl_keyfile: Path | None = Field(None, description="private key of the certificate, unless it is in the same file")
+    client_timeout: float = Field(
+        30, gt=0, description="seconds after which a client is cut off that sends no complete headers or reads nothing"
+    )
+    step_timeout: float = Field(300, gt=0, description="seconds that an engine step may take; then /livez answers 503")
+    drain_timeout: float = Field(30, ge=0, description="seconds that running requests get to finish once the server is told to end")
     trust_request_chat_template: CliImplicitFlag[bool] = Field(
         False, description="take chat templates from requests; they run in a sandbox, but may use any amount of memory"
     )
     served_model_name: str | None = Field(None, min_length=1, description="model name in the API; directory name or hub id by default")
     seed: int = Field(DEFAULTS.seed, description="seed of requests that bring none")
+    faults: str | None = Field(None, description="faults to inject, to test what the server survives: point:kind[:probability],...")
     config: Path | None = Field(None, description="YAML file with any of these options; flags and environment win")
 
     @classmethod
@@ -108,6 +128,13 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, ConfigFile(settings_cls)
+
+    @field_validator("faults")
+    @classmethod
+    def _known_faults(cls, value: str | None) -> str | None:
+        if value is not None:
+            faults.parse(value)
+        return value
 
     @field_validator("draft_temperature", mode="before")
     @classmethod
@@ -127,6 +154,37 @@ class Settings(BaseSettings):
         if (self.tree_depth - 1) * self.tree_topk > 64:
             raise ValueError(f"(tree-depth - 1) x tree-topk must be at most 64, got ({self.tree_depth} - 1) x {self.tree_topk}")
         return self
+
+    @model_validator(mode="after")
+    def _reachable_with_a_key_only(self) -> "Settings":
+        if not (self.api_keys or self.allow_unauthenticated or _is_loopback(self.host)):
+            raise ValueError(
+                f"host: other machines can reach {self.host}, so an --api-key is expected, "
+                f"or --allow-unauthenticated where something else keeps strangers out"
+            )
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError(f"ssl-keyfile {self.ssl_keyfile} was given without ssl-certfile")
+        return self
+
+    @cached_property
+    def api_keys(self) -> tuple[str, ...]:
+        """Every key that clients may send. Raises ValueError for a list or a file without one."""
+        keys = self.api_key.get_secret_value().split(",") if self.api_key else []
+        if not all(key.strip() for key in keys):
+            raise ValueError("api-key: a key is empty")
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text().split("\n")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"api-key-file: cannot read {self.api_key_file} as text in UTF-8") from error
+            if not any(line.strip() for line in lines):
+                raise ValueError(f"api-key-file: {self.api_key_file} has no key")
+            keys += [line for line in lines if line.strip()]
+        return tuple(key.strip() for key in keys)
+
+    @property
+    def cors_origins(self) -> list[str]:
+        return [origin.strip() for origin in (self.cors_origin or "").split(",") if origin.strip()]
 
     @property
     def model_name(self) -> str:
@@ -160,6 +218,13 @@ class Settings(BaseSettings):
             prefix_caching=self.prefix_caching,
             seed=self.seed,
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_settings(argv: list[str]) -> Settings:

@@ -2,12 +2,15 @@
 
 import asyncio
 import logging
+import math
 import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
+
+import torch
 
 from server.engine.config import EngineError
 from server.engine.types import FinishReason, RequestOutput, RequestTimes, SamplingParams, StepStats
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from server.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
+STOP_TIMEOUT = 10  # seconds that a step in progress gets when the server ends
 
 
 class QueueFullError(Exception):
@@ -61,30 +65,52 @@ class AsyncEngine:
 
     ``capacity``: most requests that run and wait together. ``max_queued_tokens``: most prompt tokens of requests that have made no
     token yet; a client that finds none waiting is taken with whatever it brings. ``observe`` gets what every step did, on the event
-    loop; statistics with ``seconds`` 0 tell that nothing runs any more.
+    loop; statistics with ``seconds`` 0 tell that nothing runs any more. A step that takes longer than ``step_timeout`` seconds hangs.
     """
 
-    def __init__(self, engine: "Engine", capacity: int, observe: Callable[[StepStats], None], max_queued_tokens: int | None = None) -> None:
-        self.engine, self.capacity, self.max_queued_tokens = engine, capacity, max_queued_tokens
+    def __init__(
+        self,
+        engine: "Engine",
+        capacity: int,
+        observe: Callable[[StepStats], None],
+        max_queued_tokens: int | None = None,
+        step_timeout: float = math.inf,
+    ) -> None:
+        self.engine, self.capacity, self.max_queued_tokens, self.step_timeout = engine, capacity, max_queued_tokens, step_timeout
         self._observe = observe
         self._streams: dict[str, OutputStream] = {}
         self._queued_tokens: dict[str, int] = {}  # prompt tokens of the requests that have no output yet
+        self._admitting: set[asyncio.Future[None]] = set()
         self._worker: _Worker | None = None
 
     def start(self) -> None:
-        self._worker = _Worker(self.engine, asyncio.get_running_loop(), self._deliver)
+        self._worker = _Worker(self.engine, asyncio.get_running_loop(), self._deliver, self._died)
         self._worker.start()
 
     async def stop(self) -> None:
-        """End the thread after the step in progress; requests that are still open fail."""
+        """End the thread after the step in progress, unless that hangs; requests that are still open fail."""
         if self._worker is not None:
             self._worker.inbox.put(self._worker.stop)
-            await asyncio.to_thread(self._worker.join)
-        self._deliver([RequestOutput(i, finish_reason="abort", error="The server is shutting down.") for i in self._streams], StepStats())
+            await asyncio.to_thread(self._worker.join, STOP_TIMEOUT if self.healthy else 0)
+        self._end_open("abort", "The server is shutting down.")
 
     @property
     def alive(self) -> bool:
         return self._worker is not None and self._worker.is_alive()
+
+    @property
+    def healthy(self) -> bool:
+        """The thread runs, and its step does not hang."""
+        worker = self._worker
+        return worker is not None and worker.is_alive() and time.monotonic() - worker.step_began < self.step_timeout
+
+    def _died(self) -> None:
+        self._end_open("error", "The engine stopped.")
+
+    def _end_open(self, reason: FinishReason, message: str) -> None:
+        self._deliver([RequestOutput(i, finish_reason=reason, error=message) for i in self._streams], StepStats())
+        for admitted in self._admitting:
+            _settle(admitted, RuntimeError(message))
 
     @asynccontextmanager
     async def generate(self, requests: Sequence[EngineRequest]) -> AsyncIterator[OutputStream]:
@@ -93,18 +119,20 @@ class AsyncEngine:
         Raises QueueFullError, and EngineError for requests that can never run.
         """
         worker = self._worker
-        if worker is None or not worker.is_alive():
-            raise RuntimeError("the engine thread does not run")
+        if worker is None or not self.healthy:
+            raise RuntimeError("the engine thread does not run, or its step hangs")
         self._check_queue(requests)
         stream = OutputStream(request.request_id for request in requests)
         admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._streams.update(dict.fromkeys(stream.unfinished, stream))
         self._queued_tokens.update({request.request_id: len(request.prompt_token_ids) for request in requests})
         try:
+            self._admitting.add(admitted)
             worker.inbox.put(lambda: worker.add(requests, admitted))
             await admitted
             yield stream
         finally:
+            self._admitting.discard(admitted)
             if gone := list(stream.unfinished):
                 for request_id in gone:
                     del self._streams[request_id]
@@ -135,16 +163,28 @@ class _Worker(threading.Thread):
     """The thread that owns the engine. ``inbox`` holds calls of its own methods, made between two steps."""
 
     def __init__(
-        self, engine: "Engine", loop: asyncio.AbstractEventLoop, deliver: Callable[[list[RequestOutput], StepStats], None]
+        self,
+        engine: "Engine",
+        loop: asyncio.AbstractEventLoop,
+        deliver: Callable[[list[RequestOutput], StepStats], None],
+        died: Callable[[], None],
     ) -> None:
         super().__init__(name="engine", daemon=True)
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._engine, self._loop, self._deliver = engine, loop, deliver
+        self.step_began = math.inf  # time.monotonic() of the step in progress; inf: there is none
+        self._engine, self._loop, self._deliver, self._died = engine, loop, deliver, died
         self._arrived: dict[str, float] = {}
         self._dropped: list[tuple[FinishReason, RequestTimes]] = []
         self._running = True
 
     def run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # nobody else would see it: this is the top of the thread
+            logger.critical("the engine's thread ends: the server has to be started anew", exc_info=True)
+            self._call(self._died)
+
+    def _serve(self) -> None:
         while self._running:
             self._handle_inbox(wait=not self._engine.has_work())
             if self._engine.has_work():
@@ -166,7 +206,7 @@ class _Worker(threading.Thread):
         except Exception as failure:
             logger.exception("adding a request failed")
             error = failure
-        self._loop.call_soon_threadsafe(_settle, admitted, error)
+        self._call(_settle, admitted, error)
 
     def abort(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -181,11 +221,16 @@ class _Worker(threading.Thread):
                 self.inbox.get_nowait()()
 
     def _step(self) -> None:
+        self.step_began = time.monotonic()
         try:
             outputs, stats = self._engine.step()
+        except torch.AcceleratorError:  # the device is lost to this process
+            raise
         except Exception:
             logger.exception("the engine's step failed")
             outputs, stats = self._fail_all()
+        finally:
+            self.step_began = math.inf
         for output in outputs:
             if output.finish_reason is not None:
                 self._arrived.pop(output.request_id, None)
@@ -204,7 +249,11 @@ class _Worker(threading.Thread):
     def _send(self, outputs: list[RequestOutput], stats: StepStats) -> None:
         stats.finished += self._dropped
         self._dropped = []
-        self._loop.call_soon_threadsafe(self._deliver, outputs, stats)
+        self._call(self._deliver, outputs, stats)
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(function, *arguments)
 
 
 def _settle(future: asyncio.Future[None], error: Exception | None) -> None:

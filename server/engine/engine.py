@@ -17,7 +17,7 @@ from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
-from server.engine.loading import load
+from server.engine.loading import Report, load
 from server.engine.ngram import FullDrafts, Ngrams
 from server.engine.prefix_cache import PrefixCache
 from server.engine.request import Request
@@ -68,9 +68,11 @@ class Engine:
         self.prefix_cache.enabled = config.prefix_caching
 
     @classmethod
-    def from_config(cls, config: EngineConfig) -> "Engine":
+    def from_config(cls, config: EngineConfig, report: Report = lambda phase, percent: None) -> "Engine":
         """Load model, tokenizer and head; EngineError says in one sentence why they cannot serve."""
-        return cls(*load(config), config)
+        loaded = load(config, report)
+        report("measuring the cost of steps", 75)
+        return cls(*loaded, config)
 
     @property
     def speculative(self) -> bool:
@@ -135,8 +137,9 @@ class Engine:
         outputs = self._guarded(run, prefilling + decoding, stats)
         if self.load_rule:
             self.load_rule.observe(plan)
+        self._bound_pending(stats)
+        stats.failed_drafts, self.steps.failed_drafts = stats.failed_drafts + self.steps.failed_drafts, 0
         stats.drafting, stats.expected_gain = len(plan.drafting), plan.gain
-        self.steps.bound_pending(self.scheduler.decoding())
         stats.seconds = time.monotonic() - start
         stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
         return outputs, stats
@@ -164,6 +167,8 @@ class Engine:
         try:
             if requests:
                 work(requests, outputs)
+        except torch.AcceleratorError:  # unlike a shortage of memory, it comes back with every further call
+            raise
         except Exception:
             logger.exception("a step of %d requests failed", len(requests))
             stats.failed_steps += 1
@@ -178,6 +183,15 @@ class Engine:
             if output.finish_reason:
                 self._finish(self._requests.pop(output.request_id), output, stats)
         return outputs + [output for request in left for output in self._guarded(work, [request], stats)]
+
+    def _bound_pending(self, stats: StepStats) -> None:
+        try:
+            self.steps.bound_pending(self.scheduler.decoding())
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # it is tried again, and nothing but drafting needs it
+            logger.exception("the draft cache was not brought up to date")
+            stats.failed_drafts += 1
 
     def _offer(self, request: Request, last: bool) -> None:
         """Let later requests take over the blocks that are full, in the draft's cache too: a request's last rows would stay pending."""

@@ -1,6 +1,7 @@
 """Model, tokenizer and head from disk, checked before anything is served."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -14,6 +15,8 @@ from server.engine.target import Target, refuse_unsupported, self_check
 from server.engine.threads import choose_threads
 
 logger = logging.getLogger(__name__)
+Report = Callable[[str, int], None]
+"""Told what begins now, and how much of the whole is done, in percent; the rest is an estimate."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,9 +37,10 @@ def resolve_dtype(name: str, device: torch.device, config: object) -> torch.dtyp
     return own if device.type == "cuda" and own is not None else torch.float32
 
 
-def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTokenizerFast]:
+def load(config: EngineConfig, report: Report = lambda phase, percent: None) -> tuple[Target, Eagle3Head | None, PreTrainedTokenizerFast]:
     """Load and check everything that ``config`` names; EngineError says in one sentence what is wrong."""
     device = resolve_device(config.device)
+    report("loading the configuration", 0)
     try:
         model_config = AutoConfig.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(config.model, trust_remote_code=config.trust_remote_code)
@@ -45,6 +49,7 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
     refuse_unsupported(model_config)
     dtype = resolve_dtype(config.dtype, device, model_config)
     logger.info("loading %s as %s on %s", config.model, str(dtype).removeprefix("torch."), device)
+    report("loading the weights", 5)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             config.model, config=model_config, dtype=dtype, use_safetensors=True, trust_remote_code=config.trust_remote_code
@@ -52,6 +57,7 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(f"cannot load the weights of {config.model!r}: {str(error).splitlines()[0]}") from error
     store_transposed(model)
+    report("checking the model", 55)
     decoder = LeanDecoder(model) if model_config.model_type in LEAN else None
     pack_for_trees(decoder or model)
     target = Target(model, config.draft not in (None, NGRAM), decoder)
@@ -62,6 +68,7 @@ def load(config: EngineConfig) -> tuple[Target, Eagle3Head | None, PreTrainedTok
     if config.draft in (None, NGRAM):
         return target, None, tokenizer
     logger.info("loading draft head %s", config.draft)
+    report("loading the draft head", 65)
     try:
         embedding = model.get_input_embeddings().weight
         head = load_head(

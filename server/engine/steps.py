@@ -55,6 +55,7 @@ class Steps:
         self.target, self.drafter, self.pool, self.cache, self.sigma = target, drafter, pool, cache, sigma
         self.learned: LearnedSigma | None = None
         self.ngrams: Ngrams | None = None
+        self.failed_drafts = 0  # since the engine last looked
         self.device = target.device
 
     def run(self, requests: list[Request], outputs: list[RequestOutput], width: int, plan: Plan, stats: StepStats) -> None:
@@ -257,6 +258,7 @@ class Steps:
             )
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
+            self.failed_drafts += 1
             return root_only(roots)
 
     def _temperature(self, requests: list[Request]) -> Tensor:

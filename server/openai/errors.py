@@ -1,5 +1,6 @@
 """Errors in the shape of the OpenAI API: {"error": {"message", "type", "param", "code"}}."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,7 +12,7 @@ from starlette.exceptions import HTTPException
 from server.engine.async_engine import QueueFullError
 from server.engine.config import EngineError
 
-RETRY_AFTER = "1"  # seconds
+RETRY_SOON, RETRY_LATER = "1", "5"  # seconds until a client should try again: a queue moves on, a model takes its time
 
 
 class ErrorDetail(BaseModel):
@@ -26,20 +27,26 @@ class ErrorResponse(BaseModel):
 
 
 class APIError(Exception):
-    """What the client is told, and with which status."""
+    """What the client is told, and with which status and headers."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.body = ErrorResponse(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
-    def response(self, headers: dict[str, str] | None = None) -> JSONResponse:
-        return JSONResponse(self.body.model_dump(), self.status, headers)
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
 def internal_error() -> APIError:
     return APIError(500, "The server had an error while processing the request.")
+
+
+def unavailable(message: str, code: str, retry_after: str = RETRY_LATER) -> APIError:
+    return APIError(503, message, code=code, headers={"retry-after": retry_after})
 
 
 def context_length_error(limit: int, message: str) -> APIError:
@@ -47,29 +54,32 @@ def context_length_error(limit: int, message: str) -> APIError:
     return APIError(400, f"This model's maximum context length is {limit} tokens. {message}", code="context_length_exceeded")
 
 
+def answer_to(error: Exception) -> APIError:
+    """What a client is told about ``error``: the one place that decides it. Of errors that nobody expected, nothing."""
+    match error:
+        case APIError():
+            return error
+        case QueueFullError():
+            return unavailable("The server is overloaded: its queue is full. Retry later.", "server_overloaded", RETRY_SOON)
+        case EngineError():
+            return APIError(400, str(error))
+        case RequestValidationError():
+            return _first_fault(error.errors())
+        case HTTPException():
+            return APIError(error.status_code, str(error.detail), headers=error.headers)
+    return internal_error()
+
+
 def add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(APIError)
-    async def api_error(_: Request, error: APIError) -> JSONResponse:
-        return error.response()
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, QueueFullError):
+            request.app.state.metrics.count_rejected()
+        if isinstance(error, HTTPException) and error.status_code == 404:
+            error = APIError(404, f"Unknown URL: {request.method} {request.scope['path']}")
+        return answer_to(error).response()
 
-    @app.exception_handler(QueueFullError)
-    async def queue_full(request: Request, _: QueueFullError) -> JSONResponse:
-        request.app.state.service.metrics.count_rejected()
-        error = APIError(503, "The server is overloaded: its queue is full. Retry later.", code="server_overloaded")
-        return error.response({"retry-after": RETRY_AFTER})
-
-    @app.exception_handler(EngineError)
-    async def engine_error(_: Request, error: EngineError) -> JSONResponse:
-        return APIError(400, str(error)).response()
-
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        return _first_fault(error.errors()).response()
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"Unknown URL: {request.method} {request.scope['path']}" if error.status_code == 404 else str(error.detail)
-        return APIError(error.status_code, message).response(dict(error.headers or {}))
+    for kind in (APIError, QueueFullError, EngineError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, handle)
 
 
 def _first_fault(faults: Any) -> APIError:

@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.async_engine import AsyncEngine
-from server.metrics import Metrics
 from server.openai.errors import APIError, context_length_error
 
 
@@ -31,7 +30,6 @@ class Service:
     """
 
     engine: AsyncEngine
-    metrics: Metrics
     model_name: str
     num_spec_tokens: int
     created: int
@@ -114,7 +112,8 @@ def token_decoder(tokenizer: Tokenizer) -> Callable[[int], str]:
 
 
 def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
+    service: Service | None = request.app.state.life.service
+    assert service is not None, "the gate lets nobody in before"
     return service
 
 

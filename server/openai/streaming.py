@@ -9,7 +9,7 @@ from fastapi import Request
 from fastapi.sse import EventSourceResponse, format_sse_event
 from pydantic import BaseModel
 
-from server.openai.errors import APIError, internal_error
+from server.openai.errors import APIError, answer_to
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,11 +26,10 @@ async def _encode(events: AsyncIterator[BaseModel]) -> AsyncIterator[bytes]:
     try:
         async for event in events:
             yield format_sse_event(data_str=event.model_dump_json(exclude_unset=True))
-    except APIError as error:
-        yield format_sse_event(data_str=error.body.model_dump_json())
-    except Exception:
-        logger.exception("a stream failed")
-        yield format_sse_event(data_str=internal_error().body.model_dump_json())
+    except Exception as error:
+        if not isinstance(error, APIError):
+            logger.exception("a stream failed")
+        yield format_sse_event(data_str=answer_to(error).body.model_dump_json())
     yield DONE
 
 

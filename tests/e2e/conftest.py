@@ -2,13 +2,15 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -32,12 +34,12 @@ class Server:
     log: list[str]
 
 
-def launch(*arguments: str) -> tuple[subprocess.Popen[str], list[str]]:
-    """Start the server on a free port; its lines appear in the list."""
+def launch(*arguments: str, port: int = 0, **environment: str) -> tuple[subprocess.Popen[str], list[str]]:
+    """Start the server, on a free port by default; its lines appear in the list."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "server", *arguments, "--port", "0"],
+        [sys.executable, "-m", "server", *arguments, "--port", str(port)],
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -52,10 +54,16 @@ def launch(*arguments: str) -> tuple[subprocess.Popen[str], list[str]]:
     return process, log
 
 
+def listening_at(log: list[str]) -> str | None:
+    found = re.search(r"running on (https?://\S+)", "".join(log))
+    return found[1] if found else None
+
+
 def wait_for_url(process: subprocess.Popen[str], log: list[str]) -> str:
+    """Where the server listens, once it is ready."""
     for _ in range(START_SECONDS * 10):
-        if found := re.search(r"running on (http://\S+)", "".join(log)):
-            return found[1]
+        if "server.lifecycle: ready" in "".join(log) and (url := listening_at(log)):
+            return url
         try:
             process.wait(0.1)
             break
@@ -71,7 +79,16 @@ def server_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return [model, "--draft", os.environ.get("VSD_TEST_DRAFT", "none")]
     if all(list((DEMO / name).glob("*.safetensors")) for name in ("target", "vsd")):
         return []
-    directory = tmp_path_factory.mktemp("pair")
+    return make_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments for a pair that is loaded fast and knows nothing."""
+    return [*make_pair(tmp_path_factory.mktemp("small")), "--served-model-name", "served", "--max-num-seqs", "4", "--threads", "1"]
+
+
+def make_pair(directory: Path) -> list[str]:
     model = tiny_model(max_position_embeddings=512)
     model.save_pretrained(directory / "target")
     tokenizer = byte_tokenizer()
@@ -89,8 +106,39 @@ def server(server_arguments: list[str]) -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(60)
-    assert process.returncode in (0, -signal.SIGTERM)
+    assert process.returncode == 0
     assert not any("Traceback" in line for line in log), "".join(log)
+
+
+@contextmanager
+def serving(*arguments: str, status: int = 0, **environment: str) -> Iterator[Server]:
+    """A server of its own, ready, which ends with ``status`` at the latest when the block does."""
+    process, log = launch(*arguments, **environment)
+    try:
+        yield Server(wait_for_url(process, log), process, log)
+        if process.poll() is None:
+            process.terminate()
+        assert process.wait(60) == status, "".join(log)
+    finally:
+        process.kill()
+
+
+def metric(http: httpx.Client, name: str) -> float:
+    found = re.search(rf"^vsd_{name}{{[^}}]*}} (\S+)$", http.get("/metrics").text, re.MULTILINE)
+    assert found, name
+    return float(found[1])
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def at_rest(http: httpx.Client) -> bool:
+    """Nothing runs, waits or holds blocks."""
+    return not any(metric(http, name) for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_ratio"))
 
 
 @pytest.fixture

@@ -2,18 +2,15 @@
 
 import os
 import re
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from tests.e2e.conftest import Server, launch, wait_for_url
+from tests.e2e.conftest import Server, launch, metric, wait_for_url, wait_until
 
 PROMPT = "Once upon a time"
 CHAT: list[ChatCompletionMessageParam] = [
@@ -25,19 +22,6 @@ CHAT: list[ChatCompletionMessageParam] = [
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
-
-
-def metric(http: httpx.Client, name: str) -> float:
-    found = re.search(rf"^vsd_{name}{{[^}}]*}} (\S+)$", http.get("/metrics").text, re.MULTILINE)
-    assert found, name
-    return float(found[1])
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def test_openai_client(client: openai.OpenAI) -> None:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+from fastapi import FastAPI
 
 from server.app import create_app
 from server.settings import Settings
@@ -16,10 +17,17 @@ JSON = {"content-type": "application/json"}
 
 
 @asynccontextmanager
+async def running(app: FastAPI) -> AsyncIterator[FastAPI]:
+    """The application from when it is ready to its end."""
+    async with app.router.lifespan_context(app):
+        await wait_until(lambda: app.state.life.ready)
+        yield app
+
+
+@asynccontextmanager
 async def serving(engine: FakeEngine, **settings: object) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(engine, Settings(**settings))
     async with (
-        app.router.lifespan_context(app),
+        running(create_app(lambda report: engine, Settings(**settings))) as app,
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
     ):
         yield client

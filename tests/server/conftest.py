@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from server.app import create_app
 from server.settings import Settings
+from tests.server.clients import running
 from tests.server.fake_engine import FakeEngine
 
 
@@ -26,8 +27,7 @@ def settings() -> Settings:
 
 @pytest.fixture
 async def app(engine: FakeEngine, settings: Settings, anyio_backend: str) -> AsyncIterator[FastAPI]:
-    app = create_app(engine, settings)
-    async with app.router.lifespan_context(app):
+    async with running(create_app(lambda report: engine, settings)) as app:
         yield app
 
 

@@ -5,9 +5,7 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from server.app import create_app
-from server.settings import Settings
-from tests.server.clients import serving
+from tests.server.clients import check, serving
 from tests.server.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
@@ -22,12 +20,6 @@ async def locked(engine: FakeEngine, anyio_backend: str) -> AsyncIterator[httpx.
 @pytest.mark.parametrize("path", ["/health", "/livez", "/readyz"])
 async def test_probes(locked: httpx.AsyncClient, path: str) -> None:
     assert (await locked.get(path)).status_code == 200
-
-
-async def test_health_of_a_stopped_engine(engine: FakeEngine) -> None:
-    app = create_app(engine, Settings())
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
-        assert (await client.get("/health")).status_code == 503
 
 
 @pytest.mark.parametrize(
@@ -75,6 +67,22 @@ async def test_request_id_is_made(client: httpx.AsyncClient, sent: str) -> None:
     headers = {"x-request-id": sent.encode()}
     first, second = [(await client.get("/health", headers=headers)).headers["x-request-id"] for _ in range(2)]
     assert len({first, second, sent}) == 3
+
+
+@pytest.mark.parametrize("headers", [[("x", "y")] * 300, [("x", "y" * 70_000)]])
+async def test_too_many_headers(client: httpx.AsyncClient, headers: list[tuple[str, str]]) -> None:
+    check(await client.get("/health", headers=headers), 431)
+
+
+async def test_keys_with_letters_of_any_kind(engine: FakeEngine) -> None:
+    async with serving(engine, api_key="a, Clé") as client:
+        for key, status in (("a", 200), ("Clé", 200), ("Cle", 401), ("a, Clé", 401)):
+            assert (await client.get("/v1/models", headers={"authorization": f"Bearer {key}".encode()})).status_code == status
+
+
+async def test_pages_get_no_permission_by_default(client: httpx.AsyncClient) -> None:
+    response = await client.get("/v1/models", headers={"origin": "https://other.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
 
 
 async def test_metrics_after_a_request(client: httpx.AsyncClient) -> None:

@@ -142,7 +142,7 @@ async def test_engine_refuses(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(("path", "prompt"), [("/v1/completions", "prompt"), ("/v1/chat/completions", "messages")])
 async def test_queue_full(app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine, stream: bool, path: str, prompt: str) -> None:
     engine.gate.clear()
-    async with app.state.service.engine.generate([EngineRequest(str(i), [1], SamplingParams()) for i in range(8)]):
+    async with app.state.life.service.engine.generate([EngineRequest(str(i), [1], SamplingParams()) for i in range(8)]):
         body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "stream": stream}
         response = await client.post(path, json=body)
         check(response, 503, code="server_overloaded")
@@ -203,5 +203,5 @@ async def test_bug_in_a_route_tells_no_internals(app: FastAPI, client: httpx.Asy
     def bug() -> bytes:
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(app.state.service.metrics, "render", bug)
+    monkeypatch.setattr(app.state.metrics, "render", bug)
     assert "secret" not in check(await client.get("/metrics"), 500)

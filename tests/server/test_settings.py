@@ -1,5 +1,6 @@
 """Options: where they come from, which are refused, what the engine gets."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_model_name(tmp_path: Path) -> None:
 
 def test_flag_over_environment_over_file_over_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "options.yaml"
-    file.write_text("port: 1\nhost: file\ntree-nodes: 3\ntree_depth: 2\n")
+    file.write_text("port: 1\nhost: file\nallow-unauthenticated: true\ntree-nodes: 3\ntree_depth: 2\n")
     monkeypatch.setenv("VSD_PORT", "2")
     monkeypatch.setenv("VSD_HOST", "environment")
     settings = load_settings(["--config", str(file), "--port", "4"])
@@ -79,6 +80,11 @@ def test_every_option_reaches_the_engine() -> None:
     )  # fmt: skip
 
 
+def test_times() -> None:
+    settings = load_settings([])
+    assert (settings.step_timeout, settings.drain_timeout, settings.client_timeout) == (300, 30, 30)
+
+
 def test_limits_and_trust() -> None:
     settings = load_settings(["--max-queued-tokens", "7", "--max-logprobs", "5", "--trust-request-chat-template"])
     assert (settings.max_queued_tokens, settings.max_logprobs, settings.trust_request_chat_template) == (7, 5, True)
@@ -98,6 +104,10 @@ def test_limits_and_trust() -> None:
         (["--max-num-seqs", "0"], "max-num-seqs"),
         (["--max-queued-tokens", "-1"], "max-queued-tokens: .*0.*'-1'"),
         (["--max-logprobs", "-1"], "max-logprobs: .*0.*'-1'"),
+        (["--step-timeout", "0"], "step-timeout: .*0.*'0'"),
+        (["--drain-timeout", "-1"], "drain-timeout"),
+        (["--ssl-keyfile", "key.pem"], "ssl-keyfile key.pem was given without ssl-certfile"),
+        (["--faults", "draft:raise:2"], "faults: 'draft:raise:2' is no fault: point:kind"),
         (["--config", "/does/not/exist"], "cannot read /does/not/exist"),
     ],
 )
@@ -117,11 +127,53 @@ def test_refused_file(tmp_path: Path, text: str | bytes, message: str) -> None:
 
 
 def test_empty_key_is_refused_rather_than_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SettingsError, match="api-key"):
-        load_settings(["--api-key", ""])
+    for given in ("", "a,,b", " "):
+        with pytest.raises(SettingsError, match="api-key"):
+            load_settings(["--api-key", given])
     monkeypatch.setenv("VSD_API_KEY", "")
     with pytest.raises(SettingsError, match="api-key"):
         load_settings([])
+
+
+def test_keys_of_flag_and_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("three\n\n four, five \n")
+    assert load_settings([]).api_keys == ()
+    assert load_settings(["--api-key", "one, two", "--api-key-file", str(file)]).api_keys == ("one", "two", "three", "four, five")
+    file.write_text("\n")
+    with pytest.raises(SettingsError, match=f"{file} has no key"):
+        load_settings(["--api-key-file", str(file)])
+    with pytest.raises(SettingsError, match="api-key-file: cannot read"):
+        load_settings(["--api-key-file", str(tmp_path)])
+
+
+def test_keys_are_in_no_message(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("Hidden")
+    settings = load_settings(["--api-key", "Secret", "--api-key-file", str(file)])
+    assert settings.api_keys
+    assert not {"Secret", "Hidden"} & set(re.findall(r"\w+", repr(settings)))
+    with pytest.raises(SettingsError) as refused:
+        load_settings(["--api-key", "Secret,", "--port", "http"])
+    assert "Secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.3", "example.org", ""])
+def test_strangers_need_a_key(host: str) -> None:
+    with pytest.raises(SettingsError, match="--allow-unauthenticated"):
+        load_settings(["--host", host])
+    for argv in (["--api-key", "k"], ["--allow-unauthenticated"]):
+        assert load_settings(["--host", host, *argv]).host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_none(host: str) -> None:
+    assert load_settings(["--host", host]).api_keys == ()
+
+
+def test_origins() -> None:
+    assert load_settings([]).cors_origins == []
+    assert load_settings(["--cors-origin", "https://a.org, http://b.org"]).cors_origins == ["https://a.org", "http://b.org"]
 
 
 @pytest.mark.parametrize("argv", [["--port", "http"], ["--nonsense"], ["a", "b"]])

@@ -133,8 +133,8 @@ async def test_client_that_leaves_frees_its_slot(app: FastAPI, engine: FakeEngin
     assert engine.num_steps <= steps + 2 + 2 * generating  # the fake's steps are 1 ms: the loop itself may need some
     assert len(engine.aborted) == 2
     await task
-    await wait_until(lambda: 'vsd_num_requests_running{model_name="vsd-demo"} 0.0' in app.state.service.metrics.render().decode())
-    assert 'outcome="abort"} 2.0' in app.state.service.metrics.render().decode()
+    await wait_until(lambda: 'vsd_num_requests_running{model_name="vsd-demo"} 0.0' in app.state.metrics.render().decode())
+    assert 'outcome="abort"} 2.0' in app.state.metrics.render().decode()
 
 
 async def test_neighbours_of_a_client_that_leaves_go_on(app: FastAPI, client: httpx.AsyncClient, engine: FakeEngine) -> None:

@@ -1,6 +1,7 @@
 """What ``evaluate`` reports is what the server counts for the same prompts, and the same every time."""
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,10 @@ def test_the_servers_counters_give_the_same_acceptance_length(temperature: float
     sampling = SamplingParams(max_tokens=24, temperature=temperature, seed=SEED)
     figures = evaluate(engine, prompts, sampling, 4)
     assert evaluate(engine, prompts, sampling, 4)["acceptance_length"] == figures["acceptance_length"]
-    with TestClient(create_app(engine, Settings())) as client:
+    app = create_app(lambda report: engine, Settings())
+    with TestClient(app) as client:
+        while not app.state.life.ready:
+            time.sleep(0.01)
         for i, prompt in enumerate(prompts):
             body = {"prompt": prompt, "max_tokens": 24, "temperature": temperature, "seed": SEED + i}
             client.post("/v1/completions", json=body).raise_for_status()
