@@ -18,6 +18,7 @@ from server.engine.budget import Plan
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
 from server.engine.drafter import Drafter, TreeShape
+from server.engine.grammar import constrain
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Candidates, Ngrams
@@ -88,7 +89,8 @@ class Steps:
         """The first token after each prompt; logits [B, 1, V]."""
         options = batch_options(requests, self.target.vocab_size, self.device)
         noise = batch_noise(requests, 1, self.target.vocab_size, self.device)
-        return _verify(root_only(self._roots(requests)), 0, logits, options, noise)
+        tree, options = constrain(requests, root_only(self._roots(requests)), options, self.target.vocab_size)
+        return _verify(tree, 0, logits, options, noise)
 
     def decode(self, requests: list[Request], plan: Plan, stats: StepStats) -> list[RequestOutput]:
         """One verification of every request: grow trees, run the target over all nodes, keep what it would have generated."""
@@ -126,6 +128,7 @@ class Steps:
         noise = batch_noise(requests, reach + 1, self.target.vocab_size, self.device)
         tree = self._propose(requests, shape, options, noise, guesses)
         plan.levels = self.drafter.levels if self.drafter else 1
+        tree, options = constrain(requests, tree, options, self.target.vocab_size)
         live = tree.tokens >= 0
         if not bool(live[:, 1:].any()):
             return self._plain(requests, guesses)
@@ -134,7 +137,8 @@ class Steps:
     def _plain(self, requests: list[Request], guesses: Candidates | None = None) -> Verification:
         options = batch_options(requests, self.target.vocab_size, self.device)
         noise = batch_noise(requests, 1, self.target.vocab_size, self.device)
-        return self._verification(requests, root_only(self._roots(requests)), 0, options, noise, guesses)
+        tree, options = constrain(requests, root_only(self._roots(requests)), options, self.target.vocab_size)
+        return self._verification(requests, tree, 0, options, noise, guesses)
 
     def _verification(
         self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None

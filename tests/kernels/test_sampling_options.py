@@ -85,6 +85,7 @@ def as_batch(options: list[dict], prompts: list[list[int]], outputs: list[list[i
     seen = torch.zeros(len(options), VOCAB, dtype=torch.bool)
     for i, prompt in enumerate(prompts):
         seen[i, prompt] = True
+
     def bits(tokens: set[int]) -> int:
         return sum(1 << token for token in tokens)
 
@@ -124,7 +125,11 @@ def test_every_option_along_every_path(forest: list[list[int]], data: st.DataObj
             torch.testing.assert_close(ours[b, node], expected, rtol=1e-5, atol=1e-5)
 
 
-@given(st.sampled_from(["filters", "penalties", "bias", "bans", "allowed"]), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 50))
+@given(
+    st.sampled_from(["filters", "penalties", "bias", "bans", "allowed"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 50),
+)
 def test_neutral_rows_do_not_notice_the_options_of_others(part: str, dtype: torch.dtype, seed: int) -> None:
     """Losslessness in mixed batches: a part that another request uses leaves this request's logits as they are, to the bit."""
     generator = torch.Generator().manual_seed(seed)
