@@ -48,6 +48,7 @@ def create_app(engine: "Engine", settings: Settings) -> FastAPI:
         created=int(time.time()),
         max_logprobs=settings.max_logprobs,
         trust_request_chat_template=settings.trust_request_chat_template,
+        tool_call_parser=settings.tool_call_parser,
     )
 
     @asynccontextmanager

@@ -16,6 +16,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.grammar import Grammars
 from server.metrics import Metrics
 from server.openai.errors import APIError, context_length_error
+from server.openai.tool_parsers import ToolFormat
 
 
 class Prompt(NamedTuple):
@@ -30,6 +31,7 @@ class Service:
     """One served model. ``num_spec_tokens``: drafted tokens of a full tree. ``created``: Unix time.
 
     ``max_logprobs``: most alternatives that a request may ask for. ``chat_template`` None: the model has none.
+    ``tool_call_parser``: how the model writes calls of its own accord, None if that is not known.
     """
 
     engine: AsyncEngine
@@ -39,6 +41,7 @@ class Service:
     created: int
     max_logprobs: int
     trust_request_chat_template: bool
+    tool_call_parser: ToolFormat | None
     tokenizer: Tokenizer = field(init=False)
     chat_tokenizer: PreTrainedTokenizerBase = field(init=False)
     chat_template: str | None = field(init=False)
