@@ -42,6 +42,13 @@ class Bans(NamedTuple):
     until_depth: Tensor  # int64 [B]
 
 
+class Allowed(NamedTuple):
+    """Which tokens a request's grammar allows after each node of its tree, one bit per token (token t: bit t % 32 of word t // 32)."""
+
+    rows: Tensor  # int64 [B], the request's place in ``words``, -1 for requests without a grammar
+    words: Tensor  # int32 [G, N, ceil(V / 32)]
+
+
 class SamplingBatch(NamedTuple):
     """The options of all requests of a batch. A field is None where no request of the batch uses it, and then costs nothing."""
 
@@ -50,10 +57,11 @@ class SamplingBatch(NamedTuple):
     penalties: Penalties | None
     bias: Bias | None
     bans: Bans | None
+    allowed: Allowed | None = None
 
 
 def apply_options(logits: Tensor, options: SamplingBatch, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
-    """Logits after every option: bias and bans, penalties, temperature, filters; never written in place.
+    """Logits after every option: bias, bans and grammar, penalties, temperature, filters; never written in place.
 
     logits [B, N, V] of the token that follows each node; tokens, depth, ancestors int64 [B, N]: the tree, whose node 0 is already
     counted in the penalties. Returns float32, so that rounding does not depend on which options the rest of the batch uses; a token
@@ -66,6 +74,8 @@ def apply_options(logits: Tensor, options: SamplingBatch, tokens: Tensor, depth:
         logits = logits.scatter_add(2, options.bias.ids[:, None].expand(shape), options.bias.values.float()[:, None].expand(shape))
     if options.bans is not None:
         logits = _ban(logits, options.bans, depth)
+    if options.allowed is not None:
+        logits = _forbid(logits, options.allowed)
     if options.penalties is not None:
         logits = _penalise(logits, options.penalties, tokens, ancestors)
     logits = logits / options.temperature[:, None, None]
@@ -76,6 +86,13 @@ def _ban(logits: Tensor, bans: Bans, depth: Tensor) -> Tensor:
     active = (depth < bans.until_depth[:, None])[:, :, None] & (bans.ids >= 0)[:, None]  # [B, N, S]
     values = torch.zeros((), dtype=logits.dtype, device=logits.device).where(~active, float("-inf"))
     return logits.scatter_add(2, bans.ids.clamp(min=0)[:, None].expand_as(values), values)
+
+
+def _forbid(logits: Tensor, allowed: Allowed) -> Tensor:
+    constrained = (allowed.rows >= 0).nonzero().squeeze(1)
+    ids = torch.arange(logits.shape[2], device=logits.device)
+    bits = (allowed.words[allowed.rows[constrained]][:, :, ids // 32] >> (ids % 32)) & 1
+    return logits.index_copy(0, constrained, logits[constrained].masked_fill(bits == 0, float("-inf")))
 
 
 def _penalise(logits: Tensor, penalties: Penalties, tokens: Tensor, ancestors: Tensor) -> Tensor:
@@ -135,6 +152,9 @@ class OptionPointers(NamedTuple):
     presence: Tensor | None  # float32 [B]
     frequency: Tensor | None  # float32 [B]
     repetition: Tensor | None  # float32 [B]
+    allowed_rows: Tensor | None  # int64 [B]
+    allowed_words: Tensor | None  # int32 [G, N, allowed_width]
+    allowed_width: int
 
     @classmethod
     def of(cls, options: SamplingBatch, vocab_size: int) -> OptionPointers:
@@ -152,7 +172,11 @@ class OptionPointers(NamedTuple):
         if options.penalties is not None:
             counts, prompt_tokens = options.penalties.output_counts, options.penalties.prompt_tokens
             presence, frequency, repetition = (column.contiguous() for column in options.penalties[:3])
-        return cls(options.temperature, options.filters, bias, banned, until_depth, counts, prompt_tokens, presence, frequency, repetition)
+        rows, words = (None, None) if options.allowed is None else (part.contiguous() for part in options.allowed)
+        return cls(
+            options.temperature, options.filters, bias, banned, until_depth, counts, prompt_tokens, presence, frequency, repetition,
+            rows, words, 0 if words is None else words.shape[2],
+        )  # fmt: skip
 
 
 @jit
@@ -181,6 +205,11 @@ def adjust(
     if options.banned is not None:
         banning = tl.load(tree.depth + b * tree.nodes + node) < tl.load(options.until_depth + b)
         logits = tl.where(banning & (banned != 0), float("-inf"), logits)
+    if options.allowed_rows is not None:
+        row = tl.load(options.allowed_rows + b)
+        place = (tl.maximum(row, 0) * tree.nodes + node) * options.allowed_width + ids // 32
+        word = tl.load(options.allowed_words + place, mask=ids // 32 < options.allowed_width, other=0)
+        logits = tl.where((row < 0) | (((word >> (ids % 32)) & 1) != 0), logits, float("-inf"))
     if options.counts is not None:
         ancestor = tl.full([], 0, tl.int64) + node
         while ancestor > 0:

@@ -80,6 +80,7 @@ def _service(engine: "Engine", metrics: Metrics, settings: Settings) -> Service:
         created=int(time.time()),
         max_logprobs=settings.max_logprobs,
         trust_request_chat_template=settings.trust_request_chat_template,
+        tool_call_parser=settings.tool_call_parser,
     )
 
 

@@ -113,6 +113,9 @@ class Settings(BaseSettings):
     trust_request_chat_template: CliImplicitFlag[bool] = Field(
         False, description="take chat templates from requests; they run in a sandbox, but may use any amount of memory"
     )
+    tool_call_parser: Literal["hermes", "llama3_json"] | None = Field(
+        None, description="how the model writes calls of functions; without it, requests with tools must force their calls"
+    )
     served_model_name: str | None = Field(None, min_length=1, description="model name in the API; directory name or hub id by default")
     seed: int = Field(DEFAULTS.seed, description="seed of requests that bring none")
     faults: str | None = Field(None, description="faults to inject, to test what the server survives: point:kind[:probability],...")

@@ -16,6 +16,7 @@ from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptan
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.drafter import Drafter, TreeShape
+from server.engine.grammar import Grammars
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import Report, load
 from server.engine.ngram import FullDrafts, Ngrams
@@ -56,6 +57,7 @@ class Engine:
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
         self.steps = Steps(target, drafter, self.pool, target.new_cache(blocks, config.block_size), _sigma(head, config.draft_temperature))
         self._eos_token_ids = _eos_token_ids(target, tokenizer)
+        self.grammars = Grammars(tokenizer, target.vocab_size, self._eos_token_ids)
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
         self.load_rule: LoadRule | None = None
@@ -109,9 +111,13 @@ class Engine:
                 f"{len(prompt_token_ids)} prompt tokens and max_tokens {params.max_tokens} make {total} tokens; "
                 f"a request can hold {self.max_request_tokens}"
             )
+        if params.grammar is not None and (params.min_tokens or params.ignore_eos):
+            raise EngineError("a grammar decides where the output ends; min_tokens and ignore_eos cannot be used with it")
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(62)
         tokenizer = self.tokenizer.backend_tokenizer
         request = Request.create(request_id, prompt_token_ids, params, seed, self._eos_token_ids, tokenizer, self.vocab_size)
+        if params.grammar is not None:
+            request.matcher = self.grammars.matcher(params.grammar)
         self._requests[request_id] = request
         self.scheduler.waiting.append(request)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.tree_mask import MAX_NODES
 from server.engine.detokenizer import Detokenizer
+from server.engine.grammar import Matcher
 from server.engine.ngram import NgramIndex
 from server.engine.types import FinishReason, RequestOutput, RequestTimes, SamplingParams, SpeculationStats, TokenLogprob
 
@@ -44,6 +45,7 @@ class Request:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     ngrams: NgramIndex = field(default_factory=NgramIndex)
+    matcher: Matcher | None = None  # has followed the output, only with a grammar
     worth: float | None = None  # drafted tokens that a step is expected to accept, None before the first; see LoadRule
 
     @classmethod
@@ -128,6 +130,8 @@ class Request:
             self.token_ids.append(token)
             if self.output_counts is not None:
                 self.output_counts[token] += 1
+            if self.matcher is not None:
+                self.matcher.advance(token)
             piece, stop = self.detokenizer.add(token, self.num_output >= self.params.min_tokens)
             output.token_ids.append(token)
             output.token_texts.append(piece)

@@ -18,6 +18,7 @@ from server.engine.budget import Plan
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
 from server.engine.drafter import Drafter, TreeShape
+from server.engine.grammar import constrain
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Candidates, Ngrams
@@ -107,7 +108,8 @@ class Steps:
         last = (logits if rows.keep is not None else logits[self._last_rows(rows.tokens, chunks)])[complete, None]  # [B, 1, V]
         options = batch_options(done, self.target.vocab_size, self.device)
         noise = batch_noise(done, 1, self.target.vocab_size, self.device)
-        return done, *_verify(root_only(self._roots(done)), 0, last, options, noise), last
+        tree, options = constrain(done, root_only(self._roots(done)), options, self.target.vocab_size)
+        return done, *_verify(tree, 0, last, options, noise), last
 
     def _extend(self, requests: list[Request], chunks: list[list[int]], logits: Tensor, features: Tensor | None, stats: StepStats) -> None:
         """Note what the chunks have computed; logits as ``_prompt_rows`` asked for them."""
@@ -155,6 +157,7 @@ class Steps:
         noise = batch_noise(requests, reach + 1, self.target.vocab_size, self.device)
         tree = self._propose(requests, shape, options, noise, guesses)
         plan.levels = self.drafter.levels if self.drafter else 1
+        tree, options = constrain(requests, tree, options, self.target.vocab_size)
         live = tree.tokens >= 0
         if not bool(live[:, 1:].any()):
             return self._plain(requests, guesses)
@@ -163,7 +166,8 @@ class Steps:
     def _plain(self, requests: list[Request], guesses: Candidates | None = None) -> Verification:
         options = batch_options(requests, self.target.vocab_size, self.device)
         noise = batch_noise(requests, 1, self.target.vocab_size, self.device)
-        return self._verification(requests, root_only(self._roots(requests)), 0, options, noise, guesses)
+        tree, options = constrain(requests, root_only(self._roots(requests)), options, self.target.vocab_size)
+        return self._verification(requests, tree, 0, options, noise, guesses)
 
     def _verification(
         self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None

@@ -10,15 +10,27 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True)
+class Grammar:
+    """What an output must match as a whole. ``text``: of a JSON schema, of a regular expression, of a JSON list of texts (choice), of a
+    grammar in Lark's or GBNF's notation; empty for any JSON object.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    text: str = ""
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How one request samples. The defaults are the OpenAI completions defaults.
 
-    Order of application: logit_bias and min_tokens, penalties, temperature, top_k, top_p, min_p (as in vLLM, top_k before top_p).
+    Order of application: logit_bias, min_tokens and grammar, penalties, temperature, top_k, top_p, min_p (as in vLLM, top_k before top_p).
     ``temperature`` below 1e-5 is greedy. ``top_k`` 0 keeps every token. ``logprobs``: number of alternatives reported for each
     generated token (0: only the chosen one), None for no report; values are of the target's raw distribution, before any option.
     ``max_draft_nodes``: most live nodes of the request's trees, the root not counted; 0 decodes plainly, None sets no limit of its own.
     It changes the speed, never the text.
     ``cache_salt``: only requests of the same salt share computed prompts.
+    ``grammar``: the output matches it unless ``max_tokens`` or a stop cuts it off. It decides where the output ends, so that it goes
+    with neither ``min_tokens`` nor ``ignore_eos``.
     """
 
     max_tokens: int = 16
@@ -40,6 +52,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     max_draft_nodes: int | None = None
     cache_salt: str | None = None
+    grammar: Grammar | None = None
 
     @property
     def greedy(self) -> bool:

@@ -16,6 +16,8 @@ from server.openai.chat_protocol import (
 )
 from server.openai.choices import ChoiceBuilder
 from server.openai.service import Service
+from server.openai.tool_parsers import Arguments, CallStart, Content, Piece
+from server.openai.tools import Call, CallDelta, CalledFunction, FunctionDelta, new_call_id, parser_for
 
 
 class ChatChoiceBuilder(ChoiceBuilder):
@@ -25,24 +27,70 @@ class ChatChoiceBuilder(ChoiceBuilder):
         super().__init__(index)
         self._token_text, self._logprobs = service.token_text, request.logprobs
         self._begun = False
+        self._parser = parser_for(request.calling, service.tool_call_parser)
+        self._most_calls = None if request.parallel_tool_calls else 1
+        self._calls = self._told = 0  # those of the text, and those in events
 
     def whole(self, outputs: list[RequestOutput]) -> ChatChoice:
         text, outcome = self._take(outputs)
-        message = AssistantMessage(role="assistant", content=text, refusal=None)
+        content, calls = "", list[Call]()
+        for piece in self._pieces(text, outcome):
+            match piece:
+                case Content(said):
+                    content += said
+                case CallStart(name):
+                    calls.append(Call(id=new_call_id(), type="function", function=CalledFunction(name=name, arguments="")))
+                case Arguments(more):
+                    calls[-1].function.arguments += more
+        message = AssistantMessage(role="assistant", content=None if calls and not content else content, refusal=None)
+        if calls:
+            message.tool_calls = calls
         return ChatChoice(message=message, logprobs=self._report(outputs), **outcome)
 
     def events(self, outputs: list[RequestOutput]) -> Iterator[ChatChunkChoice]:
-        """The role, then text, then the reason why it ended."""
+        """The role, then text and calls, then the reason why it ended."""
         text, outcome = self._take(outputs)
         going_on: dict[str, Any] = {"index": self.index, "finish_reason": None, "stop_reason": None}
         if not self._begun:
             self._begun = True
             yield ChatChunkChoice(delta=Delta(role="assistant", content=""), logprobs=None, **going_on)
         report = self._report(outputs)
-        if text or (report and report.content):
-            yield ChatChunkChoice(delta=Delta(content=text), logprobs=report, **going_on)
+        deltas = [self._delta(piece) for piece in self._pieces(text, outcome)]
+        if not deltas and report and report.content:
+            deltas = [Delta(content="")]
+        for delta in deltas:
+            yield ChatChunkChoice(delta=delta, logprobs=report, **going_on)
+            report = None  # told with the first
         if outcome["finish_reason"]:
             yield ChatChunkChoice(delta=Delta(), logprobs=None, **outcome)
+
+    def _pieces(self, text: str, outcome: dict[str, Any]) -> list[Piece]:
+        """What the text adds to content and calls; an answer that stopped with calls has that as its reason."""
+        if self._parser is None:
+            return [Content(text)] if text else []
+        pieces = self._parser.feed(text)
+        if outcome["finish_reason"]:
+            pieces += self._parser.finish()
+        kept = [piece for piece in pieces if self._counts(piece)]
+        if self._calls and outcome["finish_reason"] == "stop":
+            outcome["finish_reason"] = "tool_calls"
+        return kept
+
+    def _counts(self, piece: Piece) -> bool:
+        """False for calls beyond the most that were asked for."""
+        self._calls += isinstance(piece, CallStart)
+        return isinstance(piece, Content) or self._most_calls is None or self._calls <= self._most_calls
+
+    def _delta(self, piece: Piece) -> Delta:
+        match piece:
+            case Content(text):
+                return Delta(content=text)
+            case CallStart(name):
+                self._told += 1
+                function = FunctionDelta(name=name, arguments="")
+                return Delta(tool_calls=[CallDelta(index=self._told - 1, id=new_call_id(), type="function", function=function)])
+            case Arguments(text):
+                return Delta(tool_calls=[CallDelta(index=self._told - 1, function=FunctionDelta(arguments=text))])
 
     def _report(self, outputs: list[RequestOutput]) -> ChatLogprobs | None:
         if not self._logprobs:

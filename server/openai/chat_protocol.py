@@ -1,11 +1,14 @@
 """What goes over the wire at /v1/chat/completions, and the messages of /tokenize."""
 
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
+from server.engine.types import Grammar
 from server.openai.protocol import Answer, GenerationRequest, RequestBody, Unsupported
+from server.openai.tools import MAX_TOOLS, Call, CallDelta, NamedTool, Tool, ToolChoice, forced_calls
 
 MAX_MESSAGES = 4096
 
@@ -80,7 +83,14 @@ class Conversation(RequestBody):
     continue_final_message: bool = Field(False, description="Leave the last message open, and continue it.")
     chat_template: str | None = Field(None, description="Only on a server that trusts its clients' templates.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Variables for the template.")
-    tools: Unsupported = Field(None, description="Not supported.")
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS, description="Functions that the model may call.")
+
+    @field_validator("tools")
+    @classmethod
+    def _names_differ(cls, value: list[Tool]) -> list[Tool]:
+        if len({tool.function.name for tool in value}) < len(value):
+            raise ValueError("the functions must have different names")
+        return value
 
     @field_validator("continue_final_message")
     @classmethod
@@ -88,6 +98,11 @@ class Conversation(RequestBody):
         if value and info.data.get("add_generation_prompt"):
             raise ValueError("cannot be true together with add_generation_prompt")
         return value
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """What the template tells the model of."""
+        return self.tools
 
     @property
     def opens_turn(self) -> bool:
@@ -104,9 +119,37 @@ class ChatRequest(Conversation, GenerationRequest):
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, description="Only with logprobs.")
     add_special_tokens: bool = Field(False, description="Tokens that the tokenizer puts around texts, beside the template's own.")
-    tool_choice: Literal["none"] = "none"
+    tool_choice: ToolChoice | None = Field(None, description="auto if there are tools, else none.")
+    parallel_tool_calls: bool = Field(True, description="False for one call at most.")
     functions: Unsupported = Field(None, description="Not supported.")
     function_call: Unsupported = Field(None, description="Not supported.")
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _has_its_tools(cls, value: ToolChoice | None, info: ValidationInfo) -> ToolChoice | None:
+        names = [tool.function.name for tool in info.data.get("tools", [])]
+        if value not in (None, "none") and not names:
+            raise ValueError("only allowed when there are tools")
+        if isinstance(value, NamedTool) and value.function.name not in names:
+            raise ValueError(f"no function of tools is named {value.function.name!r}")
+        return value
+
+    @property
+    def calling(self) -> ToolChoice:
+        """Whether the model may call, must, or which function."""
+        return self.tool_choice or ("auto" if self.tools else "none")
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        return [] if self.calling == "none" else self.tools
+
+    @property
+    def grammar_field(self) -> str:
+        return super().grammar_field if self.calling in ("none", "auto") else "tools"
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        return forced_calls(self.tools, self.calling, self.parallel_tool_calls) or super().grammar
 
     @property
     def token_limit(self) -> int | None:
@@ -138,8 +181,9 @@ class ChatLogprobs(BaseModel):
 
 class AssistantMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[Call] | None = None
 
 
 class Delta(BaseModel):
@@ -147,12 +191,13 @@ class Delta(BaseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[CallDelta] | None = None
 
 
 class _ChatChoice(BaseModel):
     index: int
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: int | str | None
 
 

@@ -50,6 +50,7 @@ def _render(tokenizer: Any, template: str, body: Conversation) -> str:
                 chat_template=template,
                 add_generation_prompt=body.opens_turn,
                 continue_final_message=body.continue_final_message,
+                tools=[tool.model_dump(exclude_unset=True) for tool in body.offered_tools] or None,
                 tokenize=False,
                 **body.chat_template_kwargs,
             )

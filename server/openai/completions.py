@@ -7,6 +7,7 @@ from server.openai.completion_protocol import Completion, CompletionRequest
 from server.openai.errors import APIError
 from server.openai.generation import ERRORS, Form, check_options, respond
 from server.openai.service import CurrentService, RequestStack
+from server.openai.structured import compile_grammar
 
 FORM = Form("cmpl", Completion, "text_completion", Completion, "text_completion")
 
@@ -21,6 +22,7 @@ async def create_completion(body: CompletionRequest, http: Request, service: Cur
         raise APIError(400, f"best_of: only the value of n is supported, got {body.best_of} with n {body.n}.", param="best_of")
     if body.max_tokens == 0 and not body.echo:
         raise APIError(400, "max_tokens: must be at least 1 unless echo is true.", param="max_tokens")
+    await compile_grammar(body, service)
     prompts = await service.tokenize(body.prompt)
     builders = [CompletionChoiceBuilder(i, prompts[i // body.n], body, service) for i in range(len(prompts) * body.n)]
     return await respond(body, prompts, builders, FORM, service, http, stack)

@@ -2,11 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from functools import cached_property
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 
-from server.engine.types import SamplingParams, SpeculationStats
+from server.engine.types import Grammar, SamplingParams, SpeculationStats
+from server.openai.structured import ResponseFormat, StructuredOutputs
 
 MAX_CHOICES = 128
 MAX_STOP, MAX_STOP_CHARACTERS, MAX_STOP_TOKENS = 16, 256, 128
@@ -60,12 +62,6 @@ class SpeculationOptions(BaseModel):
     max_nodes: int | None = Field(default=None, ge=0, description="Most drafted nodes of a verification, the root not counted.")
 
 
-class ResponseFormat(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text"]
-
-
 class GenerationRequest(RequestBody):
     """The sampling options of OpenAI and vLLM."""
 
@@ -103,11 +99,28 @@ class GenerationRequest(RequestBody):
     metadata: dict[str, str] = Field({}, description="Ignored.")
     store: bool = Field(False, description="Ignored: nothing is stored.")
     response_format: ResponseFormat = ResponseFormat(type="text")
-    structured_outputs: Unsupported = Field(None, description="Not supported.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="Instead of response_format.")
     allowed_token_ids: Unsupported = Field(None, description="Not supported.")
     bad_words: Unsupported = Field(None, description="Not supported.")
     use_beam_search: Unsupported = Field(None, description="Not supported.")
     prompt_logprobs: Unsupported = Field(None, description="Not supported.")
+
+    @field_validator("structured_outputs")
+    @classmethod
+    def _one_form(cls, value: StructuredOutputs | None, info: ValidationInfo) -> StructuredOutputs | None:
+        if value is not None and info.data.get("response_format", ResponseFormat(type="text")).type != "text":
+            raise ValueError("cannot be used together with response_format")
+        return value
+
+    @property
+    def grammar_field(self) -> str:
+        """The field that ``grammar`` comes from."""
+        return "response_format" if self.structured_outputs is None else "structured_outputs"
+
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """What the whole answer must match."""
+        return self.response_format.grammar if self.structured_outputs is None else self.structured_outputs.as_grammar()
 
     @property
     @abstractmethod
@@ -141,6 +154,7 @@ class GenerationRequest(RequestBody):
             logprobs=self.alternatives,
             max_draft_nodes=self.speculation.max_nodes if self.speculation.enabled else 0,
             cache_salt=self.cache_salt,
+            grammar=self.grammar,
         )
 
 

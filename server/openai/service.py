@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,7 +13,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from server.engine.async_engine import AsyncEngine
+from server.engine.grammar import Grammars
 from server.openai.errors import APIError, context_length_error
+from server.openai.tool_parsers import ToolFormat
 
 
 class Prompt(NamedTuple):
@@ -27,6 +30,7 @@ class Service:
     """One served model. ``num_spec_tokens``: drafted tokens of a full tree. ``created``: Unix time.
 
     ``max_logprobs``: most alternatives that a request may ask for. ``chat_template`` None: the model has none.
+    ``tool_call_parser``: how the model writes calls of its own accord, None if that is not known.
     """
 
     engine: AsyncEngine
@@ -35,6 +39,7 @@ class Service:
     created: int
     max_logprobs: int
     trust_request_chat_template: bool
+    tool_call_parser: ToolFormat | None
     tokenizer: Tokenizer = field(init=False)
     chat_tokenizer: PreTrainedTokenizerBase = field(init=False)
     chat_template: str | None = field(init=False)
@@ -43,6 +48,8 @@ class Service:
     max_characters: int = field(init=False)  # that max_tokens tokens can stand for
     speculative: bool = field(init=False)
     token_text: Callable[[int], str] = field(init=False)
+    grammars: Grammars = field(init=False)
+    compilers: ThreadPoolExecutor = field(init=False)  # of their own, so that hard grammars hold up no tokenizing
 
     def __post_init__(self) -> None:
         engine = self.engine.engine
@@ -52,6 +59,7 @@ class Service:
         self.tokenizer.no_truncation()  # set here, once: changing a tokenizer that other threads use fails
         self.tokenizer.no_padding()
         self.token_text = token_decoder(self.tokenizer)
+        self.grammars, self.compilers = engine.grammars, ThreadPoolExecutor(2, "grammar")
         self.vocab_size, self.speculative = engine.vocab_size, engine.speculative
         self.max_tokens = min(engine.max_model_len, engine.max_request_tokens)
         self.max_characters = self.max_tokens * max(map(len, self.tokenizer.get_vocab()))

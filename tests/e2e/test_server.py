@@ -1,11 +1,13 @@
 """The real server process: what clients see, and that nothing stays behind."""
 
+import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import jsonschema
 import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
@@ -93,6 +95,44 @@ def test_openai_client_reads_the_errors(client: openai.OpenAI) -> None:
         client.chat.completions.create(model="served", messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}])
     assert tools.value.param == "tools"
     assert long.value.request_id
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"animal": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["animal", "legs"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_structured_output_of_the_openai_client(client: openai.OpenAI, temperature: float) -> None:
+    """Valid, and the same without speculation."""
+    form = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA, "strict": True}}
+    options = {"model": "served", "messages": CHAT, "temperature": temperature, "seed": 3, "max_tokens": 96}
+    answers = [
+        client.chat.completions.create(**options, response_format=form, extra_body={"speculation": {"enabled": enabled}}).choices[0]
+        for enabled in (True, False)
+    ]
+    assert answers[0].message.content == answers[1].message.content
+    assert answers[0].finish_reason == "stop"
+    jsonschema.validate(json.loads(answers[0].message.content or ""), SCHEMA)
+
+
+def test_forced_calls_of_the_openai_client(client: openai.OpenAI) -> None:
+    tools = [{"type": "function", "function": {"name": "count", "parameters": SCHEMA}}]
+    named = {"type": "function", "function": {"name": "count"}}
+    options = {"model": "served", "messages": CHAT, "tools": tools, "seed": 1, "max_tokens": 128, "parallel_tool_calls": False}
+    for choice in ("required", named):
+        answer = client.chat.completions.create(**options, tool_choice=choice).choices[0]
+        assert answer.finish_reason == "tool_calls"
+        [call] = answer.message.tool_calls or []
+        assert call.function.name == "count"
+        jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+        events = client.chat.completions.create(**options, tool_choice=choice, stream=True)
+        parts = [part for event in events for part in event.choices[0].delta.tool_calls or []]
+        assert parts[0].function.name == "count"
+        assert "".join(part.function.arguments for part in parts) == call.function.arguments
 
 
 def test_seed_repeats_and_batch_does_not_matter(client: openai.OpenAI) -> None:

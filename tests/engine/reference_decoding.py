@@ -28,14 +28,21 @@ class Decoded(NamedTuple):
 
 
 def after_options(
-    logits: Tensor, params: SamplingParams, prompt: list[int], output: list[int], eos: frozenset[int] = frozenset()
+    logits: Tensor,
+    params: SamplingParams,
+    prompt: list[int],
+    output: list[int],
+    eos: frozenset[int] = frozenset(),
+    allowed: set[int] | None = None,
 ) -> Tensor:
-    """Logits [V] of the next token after every option of the request."""
+    """Logits [V] of the next token after every option of the request; ``allowed``: what its grammar allows."""
     logits = logits.clone()
     for token, value in params.logit_bias.items():
         logits[token] += value
     if len(output) < params.min_tokens:
         logits[sorted(eos | set(params.stop_token_ids))] = float("-inf")
+    if allowed is not None:
+        logits[sorted(set(range(len(logits))) - allowed)] = float("-inf")
     row = logits[None]
     if params.repetition_penalty != 1:
         row = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(torch.tensor([prompt + output]), row)
@@ -56,15 +63,16 @@ def decode(
     params: SamplingParams,
     eos: frozenset[int] = frozenset(),
     to_text: Callable[[list[int]], str] = str,
+    allowed: Callable[[list[int]], set[int]] | None = None,
 ) -> Decoded:
-    """``to_text``: tokens to text, for stop strings."""
+    """``to_text``: tokens to text, for stop strings; ``allowed``: output to what the request's grammar allows next."""
     output: list[int] = []
     logprobs: list[Tensor] = []
     cache, ids = None, prompt
     while True:
         result = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
         cache, logits = result.past_key_values, result.logits[0, -1].float()
-        scores = after_options(logits, params, prompt, output, eos)
+        scores = after_options(logits, params, prompt, output, eos, allowed and allowed(output))
         if not params.greedy:
             assert params.seed is not None
             position = len(prompt) + len(output)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.filter_cuts import filter_cuts_triton
 from kernels.noise import Noise, NoiseKey, gumbel_noise_reference, gumbel_noise_triton
-from kernels.sampling import Bans, Bias, Filters, OptionPointers, Penalties, SamplingBatch, TreePointers, apply_options
+from kernels.sampling import Allowed, Bans, Bias, Filters, OptionPointers, Penalties, SamplingBatch, TreePointers, apply_options
 from kernels.tree_mask import tree_mask
 from kernels.tree_verify import select_tokens, tree_verify_reference, tree_verify_triton
 
@@ -21,13 +21,15 @@ def check_noise(rows: int, vocab: int, device: str) -> None:
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
-def random_options(rng: random.Random, batch: int, vocab: int, parts: str) -> SamplingBatch:
-    """Options in which every request leaves about half neutral; ``parts``: letters of filters, penalties, bias and bans (f, p, b, s)."""
+def random_options(rng: random.Random, batch: int, vocab: int, parts: str, nodes: int = 1) -> SamplingBatch:
+    """Options in which every request leaves about half neutral; ``parts``: letters of filters, penalties, bias, bans and grammar
+    (f, p, b, s, g).
+    """
 
     def column(values: list, neutral: float) -> Tensor:
         return torch.tensor([rng.choice(values) if rng.random() < 0.5 else neutral for _ in range(batch)])
 
-    filters = penalties = bias = bans = None
+    filters = penalties = bias = bans = allowed = None
     if "f" in parts:
         filters = Filters(column([1, 2, 5, 50], vocab), column([0.1, 0.5, 0.9, 0.99], 1.0), column([0.02, 0.2, 1.0], 0.0))
     if "p" in parts:
@@ -40,7 +42,13 @@ def random_options(rng: random.Random, batch: int, vocab: int, parts: str) -> Sa
         bias = Bias(ids, torch.tensor([[3.0, -100.0, 0.0]]).repeat(batch, 1))
     if "s" in parts:
         bans = Bans(torch.tensor([[*rng.sample(range(vocab), 2), -1] for _ in range(batch)]), column([1, 2], -1))
-    return SamplingBatch(column([0.3, 0.7, 1.7], 1.0), filters, penalties, bias, bans)
+    if "g" in parts:
+        order = rng.sample(range(batch), batch)
+        rows = torch.tensor([order[b] if rng.random() < 0.7 else -1 for b in range(batch)])
+        generator = torch.Generator().manual_seed(rng.randrange(2**31))
+        words = torch.randint(-(2**31), 2**31, (batch, nodes, -(-vocab // 32)), generator=generator)
+        allowed = Allowed(rows, (words | 1 << rng.randrange(min(vocab, 32))).int())
+    return SamplingBatch(column([0.3, 0.7, 1.7], 1.0), filters, penalties, bias, bans, allowed)
 
 
 def to_device(value: object, device: str) -> object:
@@ -62,7 +70,7 @@ def check_tree_verify(seed: int, batch: int, nodes: int, vocab: int, dtype: torc
     Requests in which rounding could decide (two scores or a filter's edge too close) may differ; few may be so.
     """
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    options = to_device(random_options(rng, batch, vocab, parts), device)
+    options = to_device(random_options(rng, batch, vocab, parts, nodes), device)
     assert isinstance(options, SamplingBatch)
     logits = (torch.randn(batch, nodes, vocab, generator=generator) * 3).to(device, dtype)
     parent = random_parents(rng, batch, nodes).to(device)

@@ -14,14 +14,14 @@ from transformers import (
 )
 
 from kernels.noise import Noise, NoiseKey, gumbel_noise
-from kernels.sampling import Bans, Bias, Filters, Penalties, SamplingBatch, apply_filters, apply_options
+from kernels.sampling import Allowed, Bans, Bias, Filters, Penalties, SamplingBatch, apply_filters, apply_options
 from kernels.tree_verify import select_tokens, tree_verify
 from tests.kernels.trees import climb, forests, words
 
 VOCAB = 23
 NEUTRAL = {
     "temperature": 1.0, "top_k": VOCAB, "top_p": 1.0, "min_p": 0.0, "presence": 0.0, "frequency": 0.0, "repetition": 1.0,
-    "bias": {}, "bans": [], "until": 0,
+    "bias": {}, "bans": [], "until": 0, "allowed": None,
 }  # fmt: skip
 
 
@@ -42,17 +42,20 @@ def random_options(draw: st.DrawFn) -> dict:
         "bias": maybe("bias", st.dictionaries(st.integers(0, VOCAB - 1), st.sampled_from([-100.0, -1.0, 2.5]), max_size=4)),
         "bans": maybe("bans", st.lists(st.integers(0, VOCAB - 1), unique=True, max_size=3)),
         "until": draw(st.integers(-2, 4)),
+        "allowed": maybe("allowed", st.lists(st.sets(st.integers(0, VOCAB - 1), min_size=1), min_size=9, max_size=9)),
     }
 
 
-def one_row(logits: Tensor, options: dict, prompt: list[int], output: list[int], drafted: list[int]) -> Tensor:
-    """Logits [V] after ``prompt``, ``output`` (node 0 is its last token) and the ``drafted`` ancestors."""
+def one_row(logits: Tensor, options: dict, prompt: list[int], output: list[int], drafted: list[int], node: int) -> Tensor:
+    """Logits [V] after ``prompt``, ``output`` (node 0 is its last token) and the ``drafted`` ancestors, of which ``node`` is the last."""
     logits = logits.clone()
     for token, value in options["bias"].items():
         logits[token] += value
     if len(drafted) < options["until"]:
         for token in options["bans"]:
             logits[token] = float("-inf")
+    if options["allowed"]:
+        logits[sorted(set(range(VOCAB)) - options["allowed"][node])] = float("-inf")
     generated = output + drafted
     row = logits[None]
     if prompt + generated and options["repetition"] != 1.0:
@@ -82,12 +85,20 @@ def as_batch(options: list[dict], prompts: list[list[int]], outputs: list[list[i
     seen = torch.zeros(len(options), VOCAB, dtype=torch.bool)
     for i, prompt in enumerate(prompts):
         seen[i, prompt] = True
+
+    def bits(tokens: set[int]) -> int:
+        return sum(1 << token for token in tokens)
+
+    rules = [row["allowed"] or [set(range(VOCAB))] * 9 for row in options]
+    places = torch.tensor([i if row["allowed"] else -1 for i, row in enumerate(options)])
+    allowed = Allowed(places, torch.tensor([[[bits(tokens)] for tokens in nodes] for nodes in rules], dtype=torch.int32))
     return SamplingBatch(
         column("temperature"),
         Filters(column("top_k", torch.long).clamp(max=VOCAB), column("top_p"), column("min_p")),
         Penalties(column("presence"), column("frequency"), column("repetition"), counts, seen),
         Bias(padded([list(row["bias"]) for row in options], 0), padded([list(row["bias"].values()) for row in options], 0.0)),
         Bans(padded([row["bans"] for row in options], -1), column("until", torch.long)),
+        allowed,
     )
 
 
@@ -102,16 +113,23 @@ def test_every_option_along_every_path(forest: list[list[int]], data: st.DataObj
     logits = torch.randn(*shape, VOCAB, generator=generator) * 2
     tokens = torch.randint(-1, VOCAB, shape, generator=generator)
     before = logits.clone()
-    ours = apply_options(logits, as_batch(options, prompts, outputs), tokens.clamp(min=0), depth, ancestors)
+    batch = as_batch(options, prompts, outputs)
+    assert batch.allowed is not None
+    batch = batch._replace(allowed=batch.allowed._replace(words=batch.allowed.words[:, : shape[1]]))
+    ours = apply_options(logits, batch, tokens.clamp(min=0), depth, ancestors)
     assert torch.equal(logits, before), "written in place"
     for b, parent in enumerate(forest):
         for node in range(shape[1]):
             drafted = [int(tokens[b, j].clamp(min=0)) for j in climb(parent, node)[1:]]
-            expected = one_row(logits[b, node], options[b], prompts[b], outputs[b], drafted)
+            expected = one_row(logits[b, node], options[b], prompts[b], outputs[b], drafted, node)
             torch.testing.assert_close(ours[b, node], expected, rtol=1e-5, atol=1e-5)
 
 
-@given(st.sampled_from(["filters", "penalties", "bias", "bans"]), st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 50))
+@given(
+    st.sampled_from(["filters", "penalties", "bias", "bans", "allowed"]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.integers(0, 50),
+)
 def test_neutral_rows_do_not_notice_the_options_of_others(part: str, dtype: torch.dtype, seed: int) -> None:
     """Losslessness in mixed batches: a part that another request uses leaves this request's logits as they are, to the bit."""
     generator = torch.Generator().manual_seed(seed)
@@ -122,6 +140,8 @@ def test_neutral_rows_do_not_notice_the_options_of_others(part: str, dtype: torc
     full = as_batch([own], [[1, 2]], [[3]])
     alone = SamplingBatch(full.temperature, None, None, None, None)
     mixed = alone._replace(**{part: getattr(full, part)})
+    if mixed.allowed is not None:
+        mixed = mixed._replace(allowed=mixed.allowed._replace(words=mixed.allowed.words[:, :3]))
     expected, ours = (apply_options(logits, options, tokens, depth, ancestors) for options in (alone, mixed))
     assert torch.equal(expected.float(), ours.float())
 

@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.config import EngineError
+from server.engine.grammar import Grammars
 from server.engine.request import Request
 from server.engine.types import RequestOutput, SamplingParams, StepStats, TokenLogprob
 
@@ -47,6 +48,7 @@ class FakeEngine:
 
     def __init__(self, chat_template: str | None = CHAT_TEMPLATE) -> None:
         self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer(), eos_token="<eos>", chat_template=chat_template)
+        self.grammars = Grammars(self.tokenizer, self.vocab_size, frozenset({EOS}))
         self.gate = threading.Event()
         self.gate.set()
         self.broken = False

@@ -7,7 +7,7 @@ import torch
 
 from kernels import filter_cuts, tree_verify
 from kernels.noise import Noise, NoiseKey
-from kernels.sampling import Bans, Bias, Filters, Penalties, SamplingBatch
+from kernels.sampling import Allowed, Bans, Bias, Filters, Penalties, SamplingBatch
 from tests.kernels.compile_only import SHARED_LIMIT, check_launches
 
 BATCH, NODES, VOCAB = 32, 64, 128_256
@@ -24,6 +24,7 @@ def options(every: bool) -> SamplingBatch:
         Penalties(number, number, number, torch.zeros(BATCH, VOCAB, dtype=torch.int32), torch.zeros(BATCH, VOCAB, dtype=torch.bool)),
         Bias(torch.zeros(BATCH, 2, dtype=torch.long), torch.zeros(BATCH, 2)),
         Bans(torch.zeros(BATCH, 1, dtype=torch.long), torch.ones(BATCH, dtype=torch.long)),
+        Allowed(torch.zeros(BATCH, dtype=torch.long), torch.zeros(1, NODES, -(-VOCAB // 32), dtype=torch.int32)),
     )
 
 

@@ -23,7 +23,7 @@ def test_tree_verify_without_options(seed: int, batch: int, nodes: int, vocab: i
     check_tree_verify(seed, batch, nodes, vocab, dtype, "", sampled, "cpu")
 
 
-@given(st.integers(0, 10**6), st.sampled_from([7, 60, 1030]), DTYPES, st.sampled_from(["f", "p", "b", "s", "fpbs"]), st.booleans())
+@given(st.integers(0, 10**6), st.sampled_from([7, 60, 1030]), DTYPES, st.sampled_from(["f", "p", "b", "s", "g", "fpbsg"]), st.booleans())
 @settings(max_examples=15)
 def test_tree_verify_with_options(seed: int, vocab: int, dtype: torch.dtype, parts: str, sampled: bool) -> None:
     check_tree_verify(seed, 2, 5, vocab, dtype, parts, sampled, "cpu")
