@@ -49,7 +49,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 def faulty(engine: Engine, text: str) -> Service:
-    service = Service(AsyncEngine(engine, 9, lambda stats: None), "m", 15, 0, 20, False)
+    service = Service(AsyncEngine(engine, 9, lambda stats: None), "m", 15, 0, 20, False, None)
     install(parse(text), service)
     return service
 
