@@ -1,7 +1,7 @@
 """python -m tools.soak: a real server under mixed load for some minutes, with clients that leave and requests that are wrong.
 
 The KV pool is small, so that requests wait for blocks. At the end nothing may be left: no request, no block, no place in the batch; the
-memory must be flat after the first third; and every greedy answer must be what the same server says without speculation.
+memory must be flat after the first third (not judged below 45 seconds); and every greedy answer must be what the same server says without speculation.
 Prints one line of JSON; the status is 1 when anything was wrong.
 """
 
@@ -28,6 +28,7 @@ from tools.bench.http import free_port
 ROWS = 8
 SERVER = ("--max-num-seqs", str(ROWS), "--max-queued-requests", "24", "--max-model-len", "512", "--kv-cache-memory", "14MiB")
 START_SECONDS = 300
+JUDGED = 45.0  # seconds of the shortest soak whose memory is judged: before, caches and allocators are still filling
 GROWTH = 1.05  # of the memory after the first third that the last third may reach
 SUBJECTS = ("a fox", "the number 12", "def add(a, b):", "an old ship", "rain", "the king's daughter")
 PROMPTS = [f"{'One two three. ' * repeats}Tell me about {subject}" for subject in SUBJECTS for repeats in (0, 3, 25)]
@@ -133,7 +134,8 @@ async def soak(url: str, process: int, seconds: float, concurrency: int, seed: i
         await _check_rest(http, tally)
         await _check_rows(http, tally)
         await _check_greedy(http, tally)
-    _check_memory(tally)
+    if seconds >= JUDGED:
+        _check_memory(tally)
     return tally
 
 
