@@ -1,7 +1,8 @@
 """python -m tools.soak: a real server under mixed load for some minutes, with clients that leave and requests that are wrong.
 
 The KV pool is small, so that requests wait for blocks. At the end nothing may be left: no request, no block, no place in the batch; the
-memory must be flat after the first third (not judged below 45 seconds); and every greedy answer must be what the same server says without speculation.
+memory must be flat after the first third, which is not judged below 45 seconds; and every greedy answer must be what the same server says
+without speculation.
 Prints one line of JSON; the status is 1 when anything was wrong.
 """
 
