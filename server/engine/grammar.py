@@ -47,7 +47,8 @@ class Matcher:
 
         def visit(node: int) -> None:
             kept.append(node)
-            words[node] = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
+            mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
+            words[node] = mask[: words.shape[1]]  # the library adds a word where the vocabulary fills its words
             if self._matcher.is_error():
                 raise ValueError(self._matcher.get_error())
             allowed = words[node].tolist() if children[node] else []

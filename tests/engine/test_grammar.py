@@ -270,3 +270,10 @@ def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPat
     for text in ("a", "b", "a", "c", "a", "b"):
         grammars.matcher(Grammar("regex", text))
     assert compiled == ["a", "b", "c", "b"]
+
+
+@pytest.mark.parametrize("vocab_size", [VOCAB, 288, 300])
+def test_vocabularies_that_fill_their_words_or_not(vocab_size: int) -> None:
+    words = torch.zeros(1, -(-vocab_size // 32), dtype=torch.int32)
+    Grammars(byte_tokenizer(), vocab_size, frozenset([EOS])).matcher(CHOICE).follow([0], [0], words)
+    assert {t for t in range(vocab_size) if words[0, t // 32].item() >> t % 32 & 1} == allowed_words([])

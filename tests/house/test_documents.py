@@ -27,6 +27,7 @@ HTTP = (ROOT / "docs/http.md").read_text()
 # What a command or a user makes, or the user names.
 NOT_IN_THE_REPOSITORY = {"config.json", "model.safetensors", "result.json", "build/demo/prompts.jsonl", "data/HumanEval.jsonl.gz"}
 NOT_IN_THE_REPOSITORY |= {"grade_school_math/data/test.jsonl", "FILE.jsonl", "grade_school_math/data/train.jsonl"}
+NOT_IN_THE_REPOSITORY |= {"structured_outputs.json"}  # a field of requests
 
 
 def code(text: str) -> list[str]:
