@@ -117,15 +117,21 @@ class NoiseKey(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """The noise of one step. Kernels make the values where they need them, from the key; references read ``values``."""
+    """The noise of one step. Kernels make the values where they need them, from the key; references read ``values``.
+
+    ``drawn``: the values, where they are known already.
+    """
 
     key: NoiseKey
     depths: int
     vocab_size: int
+    drawn: Tensor | None = None
 
     @cached_property
     def values(self) -> Tensor:
         """float32 [B, depths, V], made once; zero for greedy requests."""
+        if self.drawn is not None:
+            return self.drawn
         seeds, first, sampled = self.key
         rows = sampled.nonzero().squeeze(1)
         positions = first[rows, None] + torch.arange(self.depths, device=rows.device)

@@ -46,6 +46,7 @@ class Request:
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     matcher: Matcher | None = None  # has followed the output, only with a grammar
+    noise: dict[int, Tensor] = field(default_factory=dict)  # [run, V], of the next runs of positions; see batch_noise
     worth: float | None = None  # drafted tokens that a step is expected to accept, None before the first; see LoadRule
 
     @classmethod
