@@ -21,8 +21,9 @@ def select_tokens(logits: Tensor, options: SamplingBatch, noise: Noise | None, t
     """
     scores = apply_options(logits, options, tokens, depth, ancestors)
     if noise is not None:
-        batch = torch.arange(len(scores), device=scores.device)[:, None]
-        scores = scores + noise.values[batch, depth]
+        first = noise.depths * torch.arange(len(scores), device=scores.device)
+        drawn = noise.values.flatten(0, 1).index_select(0, (first[:, None] + depth).flatten())  # whole rows, one memcpy each
+        scores = drawn.view_as(scores).add_(scores)
     return scores.argmax(-1)
 
 
@@ -61,7 +62,7 @@ def tree_verify_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``tree_verify`` in plain PyTorch."""
     target = select_tokens(logits, options, noise, tokens, depth, ancestors)
-    return *accept(target, tokens, parent, depth, ancestors, max_depth), ~logits.flatten(1).isnan().any(1)
+    return *accept(target, tokens, parent, depth, ancestors, max_depth), ~logits.flatten(1).amax(1).isnan()
 
 
 @jit
