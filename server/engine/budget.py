@@ -1,6 +1,7 @@
 """The load rule: which requests of a step draft, and how much, from measured step costs and observed acceptance."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,6 +68,7 @@ class LoadRule:
 
     def __init__(self, shape: TreeShape, costs: Mapping[int, StepCost], acceptance: Mapping[int, float]) -> None:
         self.shape, self.costs = shape, dict(costs)
+        self._batches = sorted(costs)
         first = {batch: _first_tree(shape, cost, acceptance) for batch, cost in costs.items()}
         self._sizes = {batch: _Size(tree.depth, tree.nodes - 1) for batch, tree in first.items()}
         self._first_worth = OPTIMISM * _interpolate(acceptance, first[min(first)].nodes) - 1
@@ -82,8 +84,9 @@ class LoadRule:
         expected = float(batch)
         for count, request in enumerate(able, 1):
             expected += min(self._worth_of(request), self._sizes[self._measured(count)].nodes)
-            if expected / self._seconds(batch, count) > speed:
-                best, speed = count, expected / self._seconds(batch, count)
+            faster = expected / self._seconds(batch, count)
+            if faster > speed:
+                best, speed = count, faster
         chosen = able[:best] + self._probe(able[best:])
         if not chosen:
             return Plan(self.shape.shrunk(1), [])
@@ -135,7 +138,7 @@ class LoadRule:
 
     def _measured(self, batch: int) -> int:
         """The measured batch size that stands for ``batch``: the next larger one."""
-        return min((size for size in self.costs if size >= batch), default=max(self.costs))
+        return self._batches[min(bisect_left(self._batches, batch), len(self._batches) - 1)]
 
 
 class FreeDraftRule(LoadRule):
