@@ -11,7 +11,8 @@ from tqdm import tqdm
 from server.engine.drafter import TreeShape
 from server.engine.request import Request
 
-MIN_GAIN = 1.1  # speed-up over plain decoding below which nobody drafts: estimates err by as much
+START_GAIN = 1.1  # expected speed-up over plain decoding from which on requests draft: estimates err by as much
+STOP_GAIN = 1.0  # and below which they stop: a run of bad luck is not yet a reason
 OPTIMISM = 1.15  # of the first estimate: it knows fixed trees alone, and a rule that never drafts never learns
 PROBE = 16  # steps after which one of the requests that do not draft does so, to see whether it has become worth while,
 MAX_PROBE = 64  # and at most, since every try that is of no use doubles them
@@ -19,7 +20,7 @@ MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plain
 TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
 _COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
-_OWN, _SHARED = 0.25, 0.05  # weight of what is new in a request's estimate, and in its class's
+_OWN, _SHARED = 0.16, 0.05  # weight of what is new in a request's estimate, and in its class's
 _FADING = 0.005  # of an idle request's own estimate, per step, towards its class's
 
 
@@ -74,19 +75,21 @@ class LoadRule:
         self._first_worth = OPTIMISM * _interpolate(acceptance, first[min(first)].nodes) - 1
         self._worth: dict[int, float] = {}  # accepted tokens per drafting step, by class
         self._interval, self._since_probe = PROBE, 0
+        self._drafting = False  # in the last step, since it was expected to pay
 
     def choose(self, requests: list[Request]) -> Plan:
         """Who of the step's requests drafts, with the largest tree and its prices."""
         batch = len(requests)
         cost = self.costs[self._measured(batch)]
         able = sorted((r for r in requests if r.max_draft_nodes > 0), key=self._worth_of, reverse=True)
-        best, speed = 0, MIN_GAIN * batch / cost.plain
+        best, speed = 0, (STOP_GAIN if self._drafting else START_GAIN) * batch / cost.plain
         expected = float(batch)
         for count, request in enumerate(able, 1):
             expected += min(self._worth_of(request), self._sizes[self._measured(count)].nodes)
             faster = expected / self._seconds(batch, count)
             if faster > speed:
                 best, speed = count, faster
+        self._drafting = best > 0
         chosen = able[:best] + self._probe(able[best:])
         if not chosen:
             return Plan(self.shape.shrunk(1), [])
@@ -144,12 +147,12 @@ class LoadRule:
 class FreeDraftRule(LoadRule):
     """The load rule where drafting costs nothing: trees are known before it is decided, so each step's own tree says what it will bring.
 
-    Plain decoding is what a tree must beat, MIN_GAIN times; the price of a level is that of all but its nodes.
+    Plain decoding is what a tree must beat, START_GAIN times; the price of a level is that of all but its nodes.
     """
 
     def choose(self, requests: list[Request]) -> Plan:
         batch, cost = len(requests), self.costs[self._measured(len(requests))]
-        needed = MIN_GAIN * batch / cost.plain
+        needed = START_GAIN * batch / cost.plain
         shape = self.shape._replace(level_price=needed * cost.tree(1, 1) - batch, node_price=needed * cost.node / batch)
         return Plan(shape, [request for request in requests if request.max_draft_nodes > 0])
 

@@ -28,6 +28,7 @@ from server.engine.target import Target
 from server.engine.types import RequestOutput, SamplingParams, StepStats
 
 logger = logging.getLogger(__name__)
+MEASURED_PROMPT = 112  # tokens of the requests that step costs are measured with, which share the blocks of one
 DEFAULT_SIGMA: DraftTemperature = ((0.0, (0.4,)), (1.0, (0.6,)))  # drafting temperatures of heads that were never calibrated
 Work = Callable[[list[Request], list[RequestOutput]], None]
 
@@ -52,7 +53,7 @@ class Engine:
             bytes_per_token, config.block_size, config.max_num_seqs * max_slots, config.kv_cache_memory, target.device
         )
         self.pool = BlockPool(blocks, config.block_size, config.max_num_seqs, max_slots, target.device)
-        self.prefix_cache = PrefixCache(self.pool, enabled=False)  # what measuring computes is of no use to anyone
+        self.prefix_cache = PrefixCache(self.pool, enabled=True)
         self.scheduler = Scheduler(self.pool, self.prefix_cache, self.shape.lookahead)
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
         self.steps = Steps(target, drafter, self.pool, target.new_cache(blocks, config.block_size), _sigma(head, config.draft_temperature))
@@ -227,7 +228,7 @@ class Engine:
     def _measure(self, head: Eagle3Head | None, max_batch: int) -> LoadRule:
         """Time whole steps of requests made for it: what decides how much a load may draft."""
         self.steps.ngrams = None if head else FullDrafts()
-        full, prompt = self.shape, [0] * max(1, min(16, self.max_request_tokens // 2))
+        full, prompt = self.shape, [0] * max(1, min(MEASURED_PROMPT, self.max_request_tokens // 2))
         params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=1.0, seed=0, ignore_eos=True)
         names = (f"measurement-{i}" for i in itertools.count())
 
@@ -242,7 +243,8 @@ class Engine:
 
         costs = measure_costs(run, full, max_batch)
         self.shape = full
-        for request_id in list(self._requests):
+        for request_id, request in list(self._requests.items()):
+            self.pool.forget(request.row)
             self.abort(request_id)
         known = head.metadata.acceptance_length if head and head.metadata else {}
         return (LoadRule if head else FreeDraftRule)(full, costs, known or default_acceptance(full.nodes))

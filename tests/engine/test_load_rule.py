@@ -116,6 +116,22 @@ def test_a_request_that_becomes_easy_is_found_and_one_that_becomes_hard_is_dropp
     assert rising[found:] == [["0"]] * (40 - found)
 
 
+def test_who_drafts_goes_on_where_nobody_would_begin() -> None:
+    """Estimates move with every step's luck: between the two limits things stay as they are."""
+    rule, requests = LoadRule(SHAPE, machine(0.0, 0.1), ACCEPTANCE), crowd(1)
+    assert play(rule, requests, lambda _: 3, 5) == [["0"]] * 5
+
+    def drafts_at(gain: float) -> bool:
+        requests[0].worth = rule._seconds(1, 1) * gain - 1
+        return bool(rule.choose(requests).drafting)
+
+    between = (budget.START_GAIN + budget.STOP_GAIN) / 2
+    assert drafts_at(between)
+    assert not drafts_at(budget.STOP_GAIN - 0.01)
+    assert not drafts_at(between)
+    assert drafts_at(budget.START_GAIN + 0.01)
+
+
 def test_useless_tries_become_rare() -> None:
     rule = LoadRule(SHAPE, machine(0.5, 0.5), ACCEPTANCE)
     history = play(rule, crowd(4), lambda _: 0, 1000)
@@ -161,8 +177,8 @@ def test_free_drafts_are_always_looked_up() -> None:
     cost = StepCost(plain=1.0, base=1.1, level=0.0, node=0.05)
     plan = FreeDraftRule(SHAPE, {1: cost, 4: cost}, ACCEPTANCE).choose([*crowd(3), request("x", limit=0)])
     assert len(plan.drafting) == 3
-    assert plan.shape.level_price == pytest.approx(budget.MIN_GAIN * 4 * 1.15 - 4)
-    assert plan.shape.node_price == pytest.approx(budget.MIN_GAIN * 0.05)
+    assert plan.shape.level_price == pytest.approx(budget.START_GAIN * 4 * 1.15 - 4)
+    assert plan.shape.node_price == pytest.approx(budget.START_GAIN * 0.05)
 
 
 def test_default_acceptance_grows_slowly() -> None:
