@@ -4,14 +4,16 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fastapi import APIRouter, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 
 from server import faults
+from server.description import DescribedAPI
 from server.engine.async_engine import AsyncEngine
 from server.engine.loading import Report
 from server.gate import Gate
@@ -26,6 +28,15 @@ if TYPE_CHECKING:
     from server.engine.engine import Engine
 
 operations = APIRouter()
+
+
+class Status(BaseModel):
+    """What a probe tells. ``percent``: an estimate of the part of ``phase`` that is done; fields that say nothing are left out."""
+
+    status: Literal["ok", "loading", "draining", "failed"]
+    phase: str | None = None
+    percent: int | None = None
+    open_requests: int | None = None
 
 
 def create_app(load: Callable[[Report], "Engine"], settings: Settings) -> FastAPI:
@@ -46,7 +57,8 @@ def create_app(load: Callable[[Report], "Engine"], settings: Settings) -> FastAP
         yield
         await life.end()
 
-    app = FastAPI(
+    app = DescribedAPI(
+        needs_key=bool(settings.api_keys),
         title="vsd-serve",
         version=_version(),
         lifespan=lifespan,
@@ -84,15 +96,15 @@ def _service(engine: "Engine", metrics: Metrics, settings: Settings) -> Service:
     )
 
 
-@operations.get("/livez")
+@operations.get("/livez", response_model=Status, responses={503: {"model": Status}})
 async def livez(request: Request) -> JSONResponse:
     """503 once only a new process can help: the engine's thread has ended, or a step takes longer than it may."""
     life: Lifecycle = request.app.state.life
     return JSONResponse({"status": "ok" if life.live else "failed"}, 200 if life.live else 503)
 
 
-@operations.get("/health")
-@operations.get("/readyz")
+@operations.get("/health", response_model=Status, responses={503: {"model": Status}})
+@operations.get("/readyz", response_model=Status, responses={503: {"model": Status}})
 async def readyz(request: Request) -> JSONResponse:
     """200 while requests are taken; 503 while the model is loaded, with phase and percent, and once the server drains."""
     life: Lifecycle = request.app.state.life
@@ -105,7 +117,7 @@ async def server_version() -> dict[str, str]:
     return {"version": _version()}
 
 
-@operations.get("/metrics")
+@operations.get("/metrics", response_class=PlainTextResponse)
 async def prometheus(request: Request) -> Response:
     """Prometheus metrics."""
     metrics: Metrics = request.app.state.metrics

@@ -44,7 +44,7 @@ class FunctionCall(BaseModel):
     model_config = ConfigDict(strict=True)
 
     name: str
-    arguments: Annotated[dict[str, Any], PlainValidator(parse_arguments, json_schema_input_type=str)]
+    arguments: Annotated[dict[str, Any], PlainValidator(parse_arguments, json_schema_input_type=str | dict[str, Any])]
 
 
 class ToolCall(BaseModel):

@@ -25,7 +25,7 @@ from server.openai.service import Prompt, Service
 from server.openai.streaming import event_stream, unless_disconnected
 
 CLIENT_CLOSED = 499  # nginx's status for a client that left; nobody reads it
-ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 404, 413, 500, 503)}
+ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 404)}  # beside those of the gate
 
 
 class Form(NamedTuple):

@@ -5,7 +5,20 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from server.engine.types import Grammar, SamplingParams, SpeculationStats
 from server.openai.structured import ResponseFormat, StructuredOutputs
@@ -30,7 +43,18 @@ def is_text(text: str) -> bool:
     return True
 
 
-Unsupported = Annotated[None, PlainValidator(_refuse, json_schema_input_type=None)]
+# Whatever ``_refuse`` lets pass.
+Unsupported = Annotated[None, PlainValidator(_refuse), WithJsonSchema({"enum": [None, False, 0, "", [], {}]})]
+
+
+def _allow_null(schema: JsonSchemaValue) -> None:
+    null = {"type": "null"}
+    if isinstance(schema.get("type"), str):
+        schema["type"] = sorted({schema["type"], "null"})
+    elif "$ref" in schema:
+        schema["anyOf"] = [{"$ref": schema.pop("$ref")}, null]
+    elif "anyOf" in schema and null not in schema["anyOf"]:
+        schema["anyOf"].append(null)
 
 
 class RequestBody(BaseModel):
@@ -44,6 +68,14 @@ class RequestBody(BaseModel):
     @classmethod
     def _null_is_default(cls, data: Any) -> Any:
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        described = handler(core_schema)
+        schema = handler.resolve_ref_schema(described)
+        for name in schema["properties"].keys() - schema.get("required", []):
+            _allow_null(schema["properties"][name])
+        return described
 
 
 class StreamOptions(BaseModel):
