@@ -4,6 +4,7 @@ from http.client import responses as reasons
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from server.gate import ALWAYS, PROBES
@@ -50,7 +51,8 @@ class DescribedAPI(FastAPI):
 
 def _complete(document: dict[str, Any], needs_key: bool) -> None:
     components = document["components"]
-    _, models = models_json_schema([(model, "serialization") for model in (ErrorResponse, *STREAMS.values())], ref_template=PLACE)
+    bodies: list[type[BaseModel]] = [ErrorResponse, *STREAMS.values()]
+    _, models = models_json_schema([(body, "serialization") for body in bodies], ref_template=PLACE)
     components["schemas"] = models["$defs"] | components["schemas"]
     for name in ("HTTPValidationError", "ValidationError"):  # FastAPI's own form, which nobody gets to see
         components["schemas"].pop(name, None)
