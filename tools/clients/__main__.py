@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tools.bench.rounds import BenchError
+from tools.clients import openai_python
 from tools.clients.checks import DRAFT, ClientError, Setting, server
+from tools.clients.guidellm import check_load
 from tools.clients.lm_eval import check_scores
 from tools.clients.schemathesis import check_document
 
@@ -19,6 +21,15 @@ Check = Callable[[Setting], str]
 CHECKS: dict[str, dict[str, Check]] = {
     "schemathesis": {"answers are as /openapi.json says": check_document},
     "lm-eval": {"the same scores with and without speculation": check_scores},
+    "guidellm": {"no stream under load ends in an error": check_load},
+    "openai-python": {
+        "whole answers and streams": openai_python.check_answers,
+        "asynchronous, many at once": openai_python.check_asynchronous,
+        "structured output, parsed": openai_python.check_structured,
+        "tools: forced, named, streamed": openai_python.check_tools,
+        "classes of errors": openai_python.check_errors,
+        "retries after 503, as Retry-After says": openai_python.check_retries,
+    },
 }
 
 
