@@ -50,7 +50,7 @@ gpu-check: ## kernel tests, token equality and benchmarks on an NVIDIA GPU, with
 conformance: conformance-clients conformance-heads ## both of these
 
 conformance-clients: $(VENV)/.dev $(CLIENTS)/.installed ## schemathesis, lm-eval, guidellm and openai-python against the running demo pair
-	$(PY) -m tools.clients --programs $(CLIENTS)/bin $(ARGS)
+	$(PY) -m tools.clients $(ARGS)
 
 conformance-heads: $(VENV)/.dev $(CONFORMANCE)/.installed ## exported heads in the speculators package and in vLLM's CPU build
 	$(PY) -m tools.train_vsd evaluate --target drafts/demo/target --draft drafts/demo/eagle3 --limit 20 \

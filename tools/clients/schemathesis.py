@@ -29,10 +29,10 @@ def check_document(setting: Setting) -> str:
         "--no-color",
         "--report-har-path", str(report),
     )  # fmt: skip
-    return _summary(report)
+    return summary(report)
 
 
-def _summary(report: Path) -> str:
+def summary(report: Path) -> str:
     """ClientError unless the run met what it is there for."""
     answers = [entry["response"] for entry in json.loads(report.read_text(encoding="utf-8"))["log"]["entries"]]
     statuses = Counter(answer["status"] for answer in answers)
