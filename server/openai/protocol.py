@@ -18,7 +18,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema
 
 from server.engine.types import Grammar, SamplingParams, SpeculationStats
 from server.openai.structured import ResponseFormat, StructuredOutputs
@@ -70,7 +69,7 @@ class RequestBody(BaseModel):
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         described = handler(core_schema)
         schema = handler.resolve_ref_schema(described)
         for name in schema["properties"].keys() - schema.get("required", []):
