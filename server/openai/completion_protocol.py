@@ -9,6 +9,11 @@ from server.engine.types import SamplingParams
 from server.openai.protocol import MAX_CHOICES, Answer, GenerationRequest, Unsupported, is_text
 
 Prompts = list[str] | list[list[int]]
+# As ``parse_prompts`` takes them.
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Texts = Annotated[list[_Text], Field(min_length=1, max_length=MAX_CHOICES)]
+_ListsOfIds = Annotated[list[_Ids], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
 def parse_prompts(value: Any) -> Prompts:
@@ -49,7 +54,7 @@ class CompletionRequest(GenerationRequest):
 
     alternatives_field = "logprobs"
 
-    prompt: Annotated[Prompts, PlainValidator(parse_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])]
+    prompt: Annotated[Prompts, PlainValidator(parse_prompts, json_schema_input_type=_Text | _Texts | _Ids | _ListsOfIds)]
     max_tokens: int = Field(16, ge=0, lt=2**31)
     best_of: int | None = Field(None, description="Only accepted when equal to n.")
     logprobs: int | None = Field(None, ge=0)

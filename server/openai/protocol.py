@@ -44,6 +44,8 @@ def is_text(text: str) -> bool:
 
 # Whatever ``_refuse`` lets pass.
 Unsupported = Annotated[None, PlainValidator(_refuse), WithJsonSchema({"enum": [None, False, 0, "", [], {}]})]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+StopTexts = Annotated[list[StopText], Field(max_length=MAX_STOP)]
 
 
 def _allow_null(schema: JsonSchemaValue) -> None:
@@ -111,9 +113,8 @@ class GenerationRequest(RequestBody):
     )
     seed: int | None = Field(None, ge=-INT64, lt=INT64, description="Choice i uses seed + i.")
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-        Field(max_length=MAX_STOP),
-        BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=str | list[str]),
+        StopTexts,
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=StopText | StopTexts),
     ] = Field([])
     stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field([], max_length=MAX_STOP_TOKENS)
     include_stop_str_in_output: bool = False
