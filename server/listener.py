@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Connection(H11Protocol):
-    """Cut off when a request's headers, or the reading of what was sent, take longer than ``client_timeout`` seconds.
+    """Cut off when a request, or the reading of what was sent, takes longer than ``client_timeout`` seconds.
 
     What a client does not read fills its socket's buffer and then 64 KiB here; then the sender waits, and the time runs.
     """
@@ -29,20 +29,20 @@ class Connection(H11Protocol):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._headers_due: asyncio.TimerHandle | None = None
+        self._request_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._headers_due = self._cut_off_later("its headers did not come")
+        self._request_due = self._cut_off_later("its request did not come")
 
     def data_received(self, data: bytes) -> None:
-        if self._headers_due is None and self.conn.their_state is h11.IDLE:  # the first bytes of a further request
-            self._headers_due = self._cut_off_later("its headers did not come")
+        if self._request_due is None and self.conn.their_state is h11.IDLE:  # the first bytes of a further request
+            self._request_due = self._cut_off_later("its request did not come")
         super().data_received(data)
-        if self._headers_due is not None and self.conn.their_state is not h11.IDLE:
-            self._headers_due.cancel()
-            self._headers_due = None
+        if self._request_due is not None and self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._request_due.cancel()
+            self._request_due = None
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -55,7 +55,7 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for timer in (self._headers_due, self._reading_due):
+        for timer in (self._request_due, self._reading_due):
             if timer is not None:
                 timer.cancel()
 

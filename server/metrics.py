@@ -109,7 +109,7 @@ class Metrics:
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache, and not computed.")
         self._step_failures = self._counter("step_failures", "Forward passes that raised, repeated ones of single requests included.")
-        self._draft_failures = self._counter("draft_failures", "Drafts that failed, so that the step decoded plainly.")
+        self._draft_failures = self._counter("draft_failures", "Drafts that failed or were NaN, so that the step decoded plainly.")
         self._preemptions = self._counter("num_preemptions", "Requests that lost their cache blocks to others and are computed anew.")
         self._accepted_per_position = Counter(
             "vsd_spec_decode_num_accepted_tokens_per_pos",

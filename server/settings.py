@@ -106,7 +106,7 @@ class Settings(BaseSettings):
     ssl_certfile: Path | None = Field(None, description="certificate chain in PEM form: serve https")
     ssl_keyfile: Path | None = Field(None, description="private key of the certificate, unless it is in the same file")
     client_timeout: float = Field(
-        30, gt=0, description="seconds after which a client is cut off that sends no complete headers or reads nothing"
+        30, gt=0, description="seconds after which a client is cut off that has not sent its whole request, or reads nothing"
     )
     step_timeout: float = Field(300, gt=0, description="seconds that an engine step may take; then /livez answers 503")
     drain_timeout: float = Field(30, ge=0, description="seconds that running requests get to finish once the server is told to end")

@@ -33,6 +33,11 @@ class Matcher:
         if token not in self._eos and not self._matcher.consume_token(token):
             raise ValueError(self._matcher.get_error())
 
+    def demanded(self) -> list[int]:
+        """The tokens of the text that must come next, whatever the model says; empty where it has a choice."""
+        tokens: list[int] = self._matcher.compute_ff_tokens()
+        return tokens
+
     def follow(self, tokens: Sequence[int], parents: Sequence[int], words: Tensor) -> list[int]:
         """The nodes of a tree, root included, all of whose path the grammar allows.
 

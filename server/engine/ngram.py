@@ -1,4 +1,4 @@
-"""Drafts from a request's own text: what followed when its last tokens stood there before (prompt lookup)."""
+"""Drafts without a model: what followed when a request's last tokens stood in its text before (prompt lookup), what its grammar demands."""
 
 import math
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ SHORTEST, LONGEST = 2, 8  # tokens of a match; longer ones are as good as LONGES
 OCCURRENCES = 16  # that are compared, the newest ones
 FOLLOWED = 4  # of them, the longest matches
 BRANCHES = 3  # children of a node
+DEMANDED = LONGEST + 1  # in place of a match's length: a grammar allows no other text
 LOW, HIGH = 0.01, 0.99  # of a rate
 _FLOOR = math.log(0.02)  # below this probability of survival a path is not followed further
 _HEADSTART = 10  # observations that the first guess of a rate is worth
@@ -97,6 +98,14 @@ class Draft:
                 self.depth = max(self.depth, depth)
             node, score = below, self.scores[below - 1]
 
+    def demand(self, path: Sequence[int], warmth: int, rates: Rates) -> None:
+        """Begin with what a grammar demands; its text is certain, and how that is cut into tokens nearly so."""
+        kind, node, score = (warmth, DEMANDED, 0), 0, 0.0
+        for token in path:
+            score += math.log(rates[kind])
+            node = self.add(node, token, score, kind)
+        self.depth = len(path)
+
     def keep(self, nodes: int) -> None:
         """Propose the best ``nodes`` alone; of equal scores the first, so that a kept node's parent is kept."""
         for place in sorted(range(len(self.scores)), key=self.scores.__getitem__, reverse=True)[nodes:]:
@@ -138,6 +147,8 @@ class Ngrams:
     def _draft(self, request: "Request", limit: int) -> Draft:
         draft, ids = Draft(), request.token_ids
         if limit > 0:
+            if request.matcher is not None:
+                draft.demand(request.matcher.demanded()[:limit], request.warmth, self.rates)
             for length, place in request.ngrams.matches(ids)[:FOLLOWED]:
                 path = ids[place : place + limit]
                 while len(path) < limit:  # the match overlaps what follows it: the text repeats itself

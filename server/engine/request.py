@@ -47,6 +47,7 @@ class Request:
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     matcher: Matcher | None = None  # has followed the output, only with a grammar
     noise: dict[int, Tensor] = field(default_factory=dict)  # [run, V], of the next runs of positions; see batch_noise
+    draft_failed: bool = False  # what the head said of it was NaN: it decodes plainly from then on
     worth: float | None = None  # drafted tokens that a step is expected to accept, None before the first; see LoadRule
 
     @classmethod
@@ -93,6 +94,8 @@ class Request:
     @property
     def max_draft_nodes(self) -> int:
         """Drafted nodes of a tree, at most."""
+        if self.draft_failed:
+            return 0
         return MAX_NODES if self.params.max_draft_nodes is None else self.params.max_draft_nodes
 
     @property

@@ -158,10 +158,22 @@ class Steps:
         tree = self._propose(requests, shape, options, noise, guesses)
         plan.levels = self.drafter.levels if self.drafter else 1
         tree, options = constrain(requests, tree, options, self.target.vocab_size)
-        live = tree.tokens >= 0
-        if not bool(live[:, 1:].any()):
+        if not self._drafted(requests, tree):
             return self._plain(requests, guesses)
         return self._verification(requests, tree, reach, options, noise, guesses)
+
+    def _drafted(self, requests: list[Request], tree: Tree) -> bool:
+        """Whether there is anything to verify. A head whose guess is NaN is not asked for that request again."""
+        live = (tree.tokens[:, 1:] >= 0).any()
+        if self.drafter is None or self.drafter.guesses is None:
+            return bool(live)
+        found, *lost = torch.cat((live[None], self.drafter.guesses[1].isneginf())).tolist()  # one wait for the device
+        for request, nan in zip(requests, lost, strict=True):
+            if nan:
+                logger.warning("the draft head's logits for request %s are NaN; it decodes plainly", request.request_id)
+                request.draft_failed = True
+                self.failed_drafts += 1
+        return bool(found)
 
     def _plain(self, requests: list[Request], guesses: Candidates | None = None) -> Verification:
         options = batch_options(requests, self.target.vocab_size, self.device)
@@ -263,6 +275,8 @@ class Steps:
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
             self.failed_drafts += 1
+            if self.drafter is not None:
+                self.drafter.guesses = None
             return root_only(roots)
 
     def _temperature(self, requests: list[Request]) -> Tensor:

@@ -90,13 +90,26 @@ def test_headers_without_end(http: httpx.Client, guarded: Server, headers: bytes
 
 
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"], ids=["first", "second"])
-def test_headers_that_drip(http: httpx.Client, guarded: Server, before: bytes) -> None:
+@pytest.mark.parametrize(
+    ("at_once", "slowly"),
+    [
+        (b"", b"GET /health HTTP/1.1\r\nx: " + b"y" * 100),
+        (
+            f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: {KEY['authorization']}\r\ncontent-length: 100\r\n\r\n".encode(),
+            b" " * 99,
+        ),
+    ],
+    ids=["headers", "body"],
+)
+def test_requests_that_drip(http: httpx.Client, guarded: Server, before: bytes, at_once: bytes, slowly: bytes) -> None:
     with connect(guarded) as client:
         client.sendall(before)
         assert not before or b"200 OK" in client.recv(65536)
         start = time.monotonic()
+        if at_once:
+            client.sendall(at_once)
         with suppress(ConnectionError):
-            for byte in b"GET /health HTTP/1.1\r\nx: " + b"y" * 100:
+            for byte in slowly:
                 client.sendall(bytes([byte]))
                 time.sleep(0.1)
         assert time.monotonic() - start < 5

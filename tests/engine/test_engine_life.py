@@ -272,12 +272,15 @@ def test_an_exception_while_drafting_falls_back_to_plain(
         assert all((count == 0) == (failures == 5) for count in steps)
 
 
-def test_a_draft_of_nan_proposes_nothing(model: PreTrainedModel, expected: list[list[int]]) -> None:
+def test_a_draft_of_nan_proposes_nothing(model: PreTrainedModel, expected: list[list[int]], caplog: pytest.LogCaptureFixture) -> None:
+    """It is counted and told once for every request, which decodes plainly then."""
     head = random_head(model)
     head.fc.weight.data[:] = float("nan")
     going = start(build(model, head, tree_nodes=12, ngrams=False))
     check_others(going, expected)
     assert going.results["0"].speculation.num_accepted_tokens == 0
+    told = [record.getMessage() for record in caplog.records if "are NaN; it decodes plainly" in record.getMessage()]
+    assert len(told) == len(set(told)) == sum(stats.failed_drafts for stats in going.stats) == len(going.results)
 
 
 def test_a_small_pool_makes_requests_wait(model: PreTrainedModel, expected: list[list[int]]) -> None:

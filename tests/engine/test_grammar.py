@@ -150,6 +150,21 @@ def test_every_grammar_in_one_batch(drafts: str, model: PreTrainedModel, plain: 
         assert sum(result.speculation.num_accepted_tokens for result in results[3:]) > len(keys) * 3
 
 
+@pytest.mark.parametrize("draft", ["head", "ngram"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_demanded_text_is_drafted(draft: str, temperature: float, model: PreTrainedModel) -> None:
+    """Steps are those of the free tokens, and of what one tree holds; the tokens are those without drafts."""
+    sentence = "the quick brown fox jumps over the lazy dog"
+    grammar = Grammar("regex", f"[ab][ab] {sentence}!")
+    requests = [(prompt, replace(BASE, temperature=temperature, grammar=grammar)) for prompt in PROMPTS]
+    wanted = [run(build(model), [request])[0].token_ids for request in requests]
+    results = run(build(model, random_head(model) if draft == "head" else None, tree_nodes=24, draft=draft), requests)
+    assert [result.token_ids for result in results] == wanted
+    assert all(sentence in result.text for result in results)
+    for result in results:
+        assert result.speculation.num_steps <= 2 + -(-len(sentence) // 12), "half a tree a step, at least"
+
+
 @pytest.mark.parametrize("name", GRAMMARS)
 def test_trees_are_followed_as_every_path_alone(name: str) -> None:
     """Kept nodes, and what may follow them, for random trees from random places: with a fresh matcher for each node."""
