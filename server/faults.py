@@ -64,7 +64,7 @@ def _places(point: str, service: "Service") -> Iterator[tuple[Any, str]]:
     from server.engine import steps as module
 
     engine = service.engine.engine
-    steps = engine.steps
+    steps, proposer = engine.steps, engine.proposer
     match point:
         case "tokenizer":
             yield service, "encode"
@@ -73,10 +73,10 @@ def _places(point: str, service: "Service") -> Iterator[tuple[Any, str]]:
         case "prefill":
             yield steps, "_prompt_rows"
         case "draft":
-            if steps.drafter is not None:
-                yield steps.drafter.head, "logits"
-            elif steps.ngrams is not None:
-                yield steps.ngrams, "find"
+            if proposer.drafter is not None:
+                yield proposer.drafter.head, "logits"
+            elif proposer.ngrams is not None:
+                yield proposer.ngrams, "find"
         case "target":
             yield steps.target, "forward_parts"
         case "verify":

@@ -21,6 +21,7 @@ from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import Report, load
 from server.engine.ngram import FullDrafts, Ngrams
 from server.engine.prefix_cache import PrefixCache
+from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.scheduler import Scheduler
 from server.engine.steps import Steps
@@ -56,7 +57,8 @@ class Engine:
         self.prefix_cache = PrefixCache(self.pool, enabled=True)
         self.scheduler = Scheduler(self.pool, self.prefix_cache, self.shape.lookahead)
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
-        self.steps = Steps(target, drafter, self.pool, target.new_cache(blocks, config.block_size), _sigma(head, config.draft_temperature))
+        self.proposer = Proposer(drafter, self.pool, _sigma(head, config.draft_temperature))
+        self.steps = Steps(target, self.proposer, self.pool, target.new_cache(blocks, config.block_size))
         self._eos_token_ids = _eos_token_ids(target, tokenizer)
         self.grammars = Grammars(tokenizer, target.vocab_size, self._eos_token_ids)
         self._seeds = random.Random(config.seed)
@@ -65,9 +67,9 @@ class Engine:
         if drafts and config.load_rule and self.shape.nodes > 1:
             self.load_rule = self._measure(head, config.max_num_seqs)
         if drafts and (config.ngrams or head is None):
-            self.steps.ngrams = Ngrams()
-        if head and config.load_rule and self.steps.sigma is DEFAULT_SIGMA:
-            self.steps.learned = LearnedSigma(DEFAULT_SIGMA)
+            self.proposer.ngrams = Ngrams()
+        if head and config.load_rule and self.proposer.sigma is DEFAULT_SIGMA:
+            self.proposer.learned = LearnedSigma(DEFAULT_SIGMA)
         self.prefix_cache.enabled = config.prefix_caching
 
     @classmethod
@@ -79,7 +81,7 @@ class Engine:
 
     @property
     def speculative(self) -> bool:
-        return self.steps.drafter is not None or self.steps.ngrams is not None
+        return self.proposer.drafter is not None or self.proposer.ngrams is not None
 
     @property
     def max_request_tokens(self) -> int:
@@ -145,7 +147,7 @@ class Engine:
         if self.load_rule:
             self.load_rule.observe(plan)
         self._bound_pending(stats)
-        stats.failed_drafts, self.steps.failed_drafts = stats.failed_drafts + self.steps.failed_drafts, 0
+        stats.failed_drafts, self.proposer.failed = stats.failed_drafts + self.proposer.failed, 0
         stats.drafting, stats.expected_gain = len(plan.drafting), plan.gain
         stats.seconds = time.monotonic() - start
         stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
@@ -163,7 +165,9 @@ class Engine:
 
     def _plan(self, decoding: list[Request]) -> Plan:
         """Who may draft in this step, and how much."""
-        return self.load_rule.choose(decoding) if self.load_rule and decoding else Plan(self.shape, decoding)
+        if self.load_rule and decoding:
+            return self.load_rule.choose(decoding)
+        return Plan(self.shape, [request for request in decoding if request.max_draft_nodes > 0])
 
     def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:
         """Do the work and end what it ended; if it raises, do it anew for each request that has nothing from it, alone, so that only those
@@ -193,7 +197,7 @@ class Engine:
 
     def _bound_pending(self, stats: StepStats) -> None:
         try:
-            self.steps.bound_pending(self.scheduler.decoding())
+            self.proposer.bound_pending(self.scheduler.decoding())
         except torch.AcceleratorError:
             raise
         except Exception:  # it is tried again, and nothing but drafting needs it
@@ -203,9 +207,9 @@ class Engine:
     def _offer(self, request: Request, last: bool) -> None:
         """Let later requests take over the blocks that are full, in the draft's cache too: a request's last rows would stay pending."""
         rows = request.context_len
-        if self.steps.drafter:
+        if self.proposer.drafter:
             if self.prefix_cache.enabled and last:
-                self.steps.complete_draft_blocks(request)
+                self.proposer.complete_draft_blocks(request)
             rows = request.draft_len
         self.prefix_cache.offer(request, rows)
 
@@ -222,12 +226,12 @@ class Engine:
         """Zero what a request wrote that failed or was never checked: masked columns still spread a NaN."""
         blocks = [PADDING_BLOCK, *self.pool.unnamed(request.row)]
         self.steps.cache.clear(blocks)
-        if self.steps.drafter:
-            self.steps.drafter.cache.clear(blocks)
+        if self.proposer.drafter:
+            self.proposer.drafter.cache.clear(blocks)
 
     def _measure(self, head: Eagle3Head | None, max_batch: int) -> LoadRule:
         """Time whole steps of requests made for it: what decides how much a load may draft."""
-        self.steps.ngrams = None if head else FullDrafts()
+        self.proposer.ngrams = None if head else FullDrafts()
         full, prompt = self.shape, [0] * max(1, min(MEASURED_PROMPT, self.max_request_tokens // 2))
         params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=1.0, seed=0, ignore_eos=True)
         names = (f"measurement-{i}" for i in itertools.count())

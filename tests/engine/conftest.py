@@ -45,7 +45,7 @@ def demo_engine(demo: Path) -> Callable[..., Engine]:
     first = Engine.from_config(EngineConfig(**paths, draft=str(demo / "vsd")))
 
     def make(head: bool = True, **config: object) -> Engine:
-        own: Eagle3Head | None = first.steps.drafter.head if head and first.steps.drafter else None
+        own: Eagle3Head | None = first.proposer.drafter.head if head and first.proposer.drafter else None
         return Engine(first.steps.target, own, first.tokenizer, EngineConfig(**{**paths, **config}))
 
     return make

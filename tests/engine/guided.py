@@ -50,8 +50,8 @@ class Guide:
         self.engine, self.futures, self.rng = engine, futures, random.Random(0)
         self.vocabulary = vocabulary or range(engine.vocab_size)
         self.scattered = 0  # drafted true paths whose node indices are not 0, 1, 2, ...
-        assert engine.steps.drafter is not None
-        engine.steps.drafter.grow = self.grow  # type: ignore[method-assign]
+        assert engine.proposer.drafter is not None
+        engine.proposer.drafter.grow = self.grow  # type: ignore[method-assign]
 
     def grow(
         self, rows: Tensor, roots: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape, *_: object

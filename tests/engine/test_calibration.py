@@ -52,9 +52,9 @@ def test_texts_stay_while_sigma_moves(model: PreTrainedModel) -> None:
     requests = [(prompt, SamplingParams(max_tokens=40, temperature=t, seed=3)) for prompt in PROMPTS for t in (0.0, 0.6, 1.0)]
     plain = run(build(model), requests)
     engine = build(model, random_head(model), tree_nodes=16)
-    engine.steps.learned = LearnedSigma(DEFAULT_SIGMA)
+    engine.proposer.learned = LearnedSigma(DEFAULT_SIGMA)
     assert [result.token_ids for result in run(engine, requests)] == [result.token_ids for result in plain]
-    assert engine.steps.sigma != DEFAULT_SIGMA
+    assert engine.proposer.sigma != DEFAULT_SIGMA
 
 
 def test_only_uncalibrated_heads_learn(model: PreTrainedModel) -> None:
@@ -63,8 +63,8 @@ def test_only_uncalibrated_heads_learn(model: PreTrainedModel) -> None:
         if calibrated:
             head.metadata = HeadMetadata("", "", "eagle3", draft_temperature=((0.0, (0.5,)),))
         engine = build(model, head, tree_nodes=4, max_num_seqs=1, draft_temperature=sigma, **{"load_rule": True, **options})
-        assert engine.steps.sigma == (DEFAULT_SIGMA if not calibrated and sigma is None else ((0.0, (0.5,)),))
-        return engine.steps.learned is not None
+        assert engine.proposer.sigma == (DEFAULT_SIGMA if not calibrated and sigma is None else ((0.0, (0.5,)),))
+        return engine.proposer.learned is not None
 
     assert learns()
     assert not learns(calibrated=True)

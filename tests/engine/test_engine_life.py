@@ -231,7 +231,7 @@ def test_an_exception_between_two_commits_loses_nothing(
             assert len(results[str(i)].prompt_logprobs) == len(PROMPTS[i])
         else:
             assert results[str(i)].token_ids == wanted[: len(results[str(i)].token_ids)]
-    if place == "token_logprobs" or engine.steps.drafter:
+    if place == "token_logprobs" or engine.proposer.drafter:
         assert sum(stats.failed_steps for stats in going.stats) >= 1
     assert sum(result.finish_reason == "length" for result in results.values()) >= 2
 
@@ -258,14 +258,14 @@ def test_an_exception_while_drafting_falls_back_to_plain(
     """Always, and only sometimes: the draft's state must survive a failure between two good steps."""
     for failures in (5, 2):  # of five calls
         engine = build(model, random_head(model), tree_nodes=12)
-        right, calls = getattr(engine.steps.drafter, method), iter(range(10_000))
+        right, calls = getattr(engine.proposer.drafter, method), iter(range(10_000))
 
         def wrong(*args: object, right: Callable = right, calls: object = calls, failures: int = failures) -> object:
             if next(calls) % 5 < failures:
                 raise RuntimeError("injected")
             return right(*args)
 
-        monkeypatch.setattr(engine.steps.drafter, method, wrong)
+        monkeypatch.setattr(engine.proposer.drafter, method, wrong)
         going = start(engine)
         check_others(going, expected)
         steps = [going.results[str(i)].speculation.num_steps for i in range(5)]
@@ -435,7 +435,7 @@ def test_with_the_load_rule_the_text_stays_the_same(model: PreTrainedModel, expe
 def test_features_that_wait_for_the_draft_stay_bounded(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Speculation off for long, then on: the draft cache was kept true, so drafts are what they would have been anyway."""
     row_bytes = 3 * 32 * 4
-    monkeypatch.setattr("server.engine.steps.MAX_PENDING_BYTES", 10 * row_bytes)
+    monkeypatch.setattr("server.engine.proposer.MAX_PENDING_BYTES", 10 * row_bytes)
     engine = build(model, random_head(model), tree_nodes=12)
     plain = engine.shape.shrunk(1)
     monkeypatch.setattr(engine, "_plan", lambda requests: Plan(plain, requests))
@@ -446,8 +446,8 @@ def test_features_that_wait_for_the_draft_stay_bounded(model: PreTrainedModel, m
         going.step()
         [request] = engine.scheduler.running
         assert sum(map(len, request.pending)) <= max(10, 1)
-    engine.steps.sync_draft(engine.scheduler.running)
-    states.append(engine.steps.drafter.state[request.row].clone())
+    engine.proposer.sync_draft(engine.scheduler.running)
+    states.append(engine.proposer.drafter.state[request.row].clone())
     tokens = list(request.token_ids)
     fresh = build(model, random_head(model), tree_nodes=12)
     fresh.add_request("0", tokens, PARAMS[0])

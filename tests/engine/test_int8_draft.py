@@ -47,8 +47,8 @@ def test_the_text_stays(temperature: float) -> None:
     requests = [([i, 2 * i, 7], SamplingParams(max_tokens=20, temperature=temperature, seed=i, ignore_eos=True)) for i in range(1, 4)]
     plain = [result.token_ids for result in run(build(model), requests)]
     engine = build(model, head, tree_nodes=8)
-    quantize_draft(engine.steps.drafter.head)
-    assert isinstance(engine.steps.drafter.head.lm_head, Int8Linear)
+    quantize_draft(engine.proposer.drafter.head)
+    assert isinstance(engine.proposer.drafter.head.lm_head, Int8Linear)
     results = run(engine, requests)
     assert [result.token_ids for result in results] == plain
     assert all(result.speculation.num_draft_tokens > 0 for result in results)

@@ -171,7 +171,7 @@ def test_a_head_that_knows_the_temperature(model: PreTrainedModel, expected: Tab
         assert head.temperature_shift is not None
         head.temperature_shift.copy_(shift * torch.randn(head.config.hidden_size, generator=torch.Generator().manual_seed(0)))
         engine = build(model, head, tree_nodes=16)
-        drafter = engine.steps.drafter
+        drafter = engine.proposer.drafter
         assert drafter is not None
         grow = drafter.grow
 

@@ -241,7 +241,7 @@ def test_the_text_is_that_of_plain_decoding(head: bool, nodes: int, batch: int, 
     found = run(engine, REQUESTS)
     assert [result.token_ids for result in found] == expected
     assert sum(result.speculation.num_accepted_tokens for result in found) > 0
-    engine.steps.ngrams = Prophet({str(i): prompt + text for i, ((prompt, _), text) in enumerate(zip(REQUESTS, expected, strict=True))})
+    engine.proposer.ngrams = Prophet({str(i): prompt + text for i, ((prompt, _), text) in enumerate(zip(REQUESTS, expected, strict=True))})
     found = run(engine, REQUESTS)
     assert [result.token_ids for result in found] == expected
     tokens = len(REQUESTS) * (NEW - 1)
@@ -309,7 +309,7 @@ def test_the_rule_measures_and_keeps_the_text(model: PreTrainedModel, expected: 
     engine = build(model, draft=NGRAM, load_rule=True, max_num_seqs=4)
     assert isinstance(engine.load_rule, FreeDraftRule)
     assert set(engine.load_rule.costs) == {1, 2, 4}
-    assert type(engine.steps.ngrams) is Ngrams, "what stood in for the measurement is gone"
+    assert type(engine.proposer.ngrams) is Ngrams, "what stood in for the measurement is gone"
     assert [result.token_ids for result in run(engine, REQUESTS)] == expected
 
 
@@ -320,7 +320,7 @@ def test_rates_are_learned_while_no_tree_pays(model: PreTrainedModel, expected: 
     results = run(engine, REQUESTS)
     assert [result.token_ids for result in results] == expected
     assert sum(result.speculation.num_steps for result in results) == 0
-    assert engine.steps.ngrams.rates[0, LONGEST, 0] != Rates()[0, LONGEST, 0]
+    assert engine.proposer.ngrams.rates[0, LONGEST, 0] != Rates()[0, LONGEST, 0]
 
 
 # The request's own limit
@@ -351,10 +351,10 @@ def test_requests_limit_their_trees(kind: str, model: PreTrainedModel, expected:
 
 def test_a_capped_request_does_not_disturb_the_learned_draft_temperature(model: PreTrainedModel) -> None:
     engine = build(model, random_head(model), ngrams=False)
-    engine.steps.learned = LearnedSigma(DEFAULT_SIGMA)
-    start = engine.steps.learned.points
+    engine.proposer.learned = LearnedSigma(DEFAULT_SIGMA)
+    start = engine.proposer.learned.points
     run(engine, [(PROMPTS[0], replace(BASE, max_draft_nodes=0)), (PROMPTS[1], replace(BASE, max_draft_nodes=0))])
-    assert engine.steps.learned.points == start
+    assert engine.proposer.learned.points == start
 
 
 def test_the_demo_target_copies_itself(demo: Path) -> None:
@@ -364,7 +364,7 @@ def test_the_demo_target_copies_itself(demo: Path) -> None:
     )
     engine = Engine.from_config(config)
     assert engine.speculative
-    assert engine.steps.drafter is None
+    assert engine.proposer.drafter is None
     greedy = SamplingParams(max_tokens=64, temperature=0.0, ignore_eos=True)
     for prompt in ("one two three four five six seven\n" * 6, "a = 1\nb = 2\nc = 3\n" * 8):
         going = Run(engine)

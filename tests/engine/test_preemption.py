@@ -31,8 +31,8 @@ def pool_bytes(engine_kwargs: dict, model: PreTrainedModel, head: bool, blocks: 
     """Cache memory of so many blocks."""
     engine = build(model, random_head(model) if head else None, **engine_kwargs)
     per_token = engine.steps.target.kv_bytes_per_token
-    if engine.steps.drafter:
-        config = engine.steps.drafter.head.config
+    if engine.proposer.drafter:
+        config = engine.proposer.drafter.head.config
         per_token += 2 * config.num_key_value_heads * config.head_dim * 4
     return blocks * per_token * engine.pool.block_size
 

@@ -104,12 +104,12 @@ def draft_rows(engine: Engine, tokens: list[int]) -> tuple[torch.Tensor, torch.T
     while not (engine.scheduler.running and engine.scheduler.running[0].draft_len >= len(tokens)):
         engine.step()
     [request] = engine.scheduler.running
-    assert engine.steps.drafter is not None
+    assert engine.proposer.drafter is not None
     slots = torch.tensor(blocks_of(engine, request)).repeat_interleave(BLOCK) * BLOCK + torch.arange(BLOCK).repeat(
         len(blocks_of(engine, request))
     )
-    keys = engine.steps.drafter.cache.k[0].flatten(0, 1)[slots[: len(tokens)]].clone()
-    state = engine.steps.drafter.state[request.row].clone()
+    keys = engine.proposer.drafter.cache.k[0].flatten(0, 1)[slots[: len(tokens)]].clone()
+    state = engine.proposer.drafter.state[request.row].clone()
     engine.abort("probe")
     return keys, state, request.num_cached_tokens
 
@@ -184,7 +184,7 @@ def test_a_pool_that_is_always_full(model: PreTrainedModel, shape: Shape) -> Non
 
 
 def _bytes_per_block(engine: Engine) -> int:
-    caches = [engine.steps.cache] + ([engine.steps.drafter.cache] if engine.steps.drafter else [])
+    caches = [engine.steps.cache] + ([engine.proposer.drafter.cache] if engine.proposer.drafter else [])
     return sum(cache.k.nbytes + cache.v.nbytes for cache in caches) // engine.pool.num_blocks
 
 
@@ -221,7 +221,7 @@ def test_a_draft_cache_that_cannot_be_completed_is_not_offered(model: PreTrained
     def wrong(*_: object) -> None:
         raise RuntimeError("injected")
 
-    monkeypatch.setattr(engine.steps.drafter, "extend", wrong)
+    monkeypatch.setattr(engine.proposer.drafter, "extend", wrong)
     going = Run(engine)
     for name in ("0", "1"):
         going.add(name, words(9), GREEDY)
@@ -245,7 +245,7 @@ def test_a_nan_is_never_shared(model: PreTrainedModel, shape: Shape) -> None:
         going.finish()
         assert going.results[name].finish_reason == "error"
         assert hits(going) - before == (0 if name == "bad again" else 12)
-        caches = [engine.steps.cache, *([engine.steps.drafter.cache] if engine.steps.drafter else [])]
+        caches = [engine.steps.cache, *([engine.proposer.drafter.cache] if engine.proposer.drafter else [])]
         assert all(cache.k.isfinite().all() and cache.v.isfinite().all() for cache in caches)
     going.add("last", prompt, GREEDY)
     results = going.finish()

@@ -98,7 +98,7 @@ def test_a_tree_of_16_with_shared_noise_beats_the_best_chain(
     demo_engine: Callable[..., Engine], demo_model: PreTrainedModel, demo_prompts: list[list[int]], record_property: Callable
 ) -> None:
     engine = demo_engine(tree_nodes=16, max_num_seqs=16)
-    head = engine.steps.drafter.head
+    head = engine.proposer.drafter.head
     best = max(CHAINS, key=lambda length: chain_acceptance(demo_model, head, demo_prompts[1::20], length))
     prompts = [prompt for i, prompt in enumerate(demo_prompts) if i % 10 in (0, 3, 6, 8)]
     chain = chain_acceptance(demo_model, head, prompts, best)

@@ -175,7 +175,7 @@ def run_calibrate(args: argparse.Namespace) -> None:
         raise PromptError(f"No prompt of {args.prompts} leaves room for {MEASURED_TOKENS} tokens in {engine.max_request_tokens}.")
     unseen = [prompt for prompt in fitting if is_held_out(prompt)]  # what training left out, where the file has enough of it
     prompts = (unseen if len(unseen) >= MEASURED_PROMPTS else fitting)[: MEASURED_PROMPTS + FITTED_PROMPTS]
-    drafter = engine.steps.drafter
+    drafter = engine.proposer.drafter
     assert drafter is not None
     metadata = drafter.head.metadata or HeadMetadata(
         target_hash(AutoConfig.from_pretrained(args.target)), tokenizer_hash(engine.tokenizer), "unknown"

@@ -41,7 +41,7 @@ def calibrate(
         raise PromptError(
             f"The target's answers to {len(fitted)} prompts are shorter than two tokens: calibrate on prompts that it answers."
         )
-    engine.steps.sigma = points
+    engine.proposer.sigma = points
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, seed=0)
     lengths = {1: 1.0}
     for nodes in tqdm(NODES[1:], desc="acceptance by nodes"):
@@ -65,9 +65,9 @@ def calibration_rows(engine: Engine, prompts: Sequence[list[int]], settings: Ans
 
 def fit_served(engine: Engine, rows: Sequence[Row]) -> DraftTemperature:
     """``fit_sigmas`` for the engine's own head and tree, with the engine's own target: a large model is not held twice."""
-    assert engine.steps.drafter is not None
+    assert engine.proposer.drafter is not None
     model = engine.steps.target.model
-    head = copy.deepcopy(engine.steps.drafter.head).float()
+    head = copy.deepcopy(engine.proposer.drafter.head).float()
     head.share_embedding(model.get_input_embeddings().weight.float())
     served = model.config._attn_implementation
     model.set_attn_implementation("eager")

@@ -49,7 +49,7 @@ def evaluate(engine: Engine, prompts: Sequence[list[int]], sampling: SamplingPar
         "seed": sampling.seed or 0,
         "concurrency": concurrency,
         "repeated_8_grams": float(np.mean([repeated_8_grams(completion.token_ids) for completion in completions])),
-        "tree": dict(zip(("nodes", "depth", "topk"), engine.shape, strict=False)) | {"draft_temperature": engine.steps.sigma},
+        "tree": dict(zip(("nodes", "depth", "topk"), engine.shape, strict=False)) | {"draft_temperature": engine.proposer.sigma},
     }
 
 

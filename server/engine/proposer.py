@@ -1,0 +1,154 @@
+"""The draft side of a step: what is proposed to verification, by the head and by n-grams, and the head's cache kept true."""
+
+import logging
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from drafts.eagle3 import DraftTemperature
+from kernels.noise import Noise
+from kernels.sampling import SamplingBatch
+from server.engine.batch import causal_chunk, context_lens, last_tokens, table_rows
+from server.engine.calibration import LearnedSigma
+from server.engine.draft_temperature import level_sigmas
+from server.engine.drafter import Drafter, TreeShape
+from server.engine.kv_cache import BlockPool
+from server.engine.ngram import Candidates, Ngrams
+from server.engine.pool import best_tree, root_only
+from server.engine.request import Request
+from server.engine.types import Tree, Verdict
+
+logger = logging.getLogger(__name__)
+MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off
+
+
+class Proposer:
+    """``sigma``: drafting temperatures by request temperature and level; ``learned`` moves them.
+
+    ``ngrams``: drafts from the requests' own text, beside the head's or without a head.
+    """
+
+    def __init__(self, drafter: Drafter | None, pool: BlockPool, sigma: DraftTemperature) -> None:
+        self.drafter, self.pool, self.sigma, self.device = drafter, pool, sigma, pool.tables.device
+        self.learned: LearnedSigma | None = None
+        self.ngrams: Ngrams | None = None
+        self.failed = 0  # drafts, since the engine last looked
+
+    def drafted(self, requests: list[Request], tree: Tree) -> bool:
+        """Whether there is anything to verify. A head whose guess is NaN is not asked for that request again."""
+        live = (tree.tokens[:, 1:] >= 0).any()
+        if self.drafter is None or self.drafter.guesses is None:
+            return bool(live)
+        found, *lost = torch.cat((live[None], self.drafter.guesses[1].isneginf())).tolist()  # one wait for the device
+        for request, nan in zip(requests, lost, strict=True):
+            if nan:
+                logger.warning("the draft head's logits for request %s are NaN; it decodes plainly", request.request_id)
+                request.draft_failed = True
+                self.failed += 1
+        return bool(found)
+
+    def sync_draft(self, requests: list[Request]) -> None:
+        """Bring the draft cache up to the committed tokens, with the target's true features."""
+        groups = defaultdict(list)
+        for request in requests:
+            if request.pending:
+                # Rows are padded to the longest of a pass: a fresh prompt beside seven tokens each would cost eight prompts.
+                groups[max(8, request.num_pending).bit_length()].append(request)
+        for group in groups.values():
+            self._extend_draft(group)
+
+    def _extend_draft(self, requests: list[Request]) -> None:
+        if self.drafter is None:
+            return
+        # A request that ended may have fewer tokens than were accepted.
+        features = [torch.cat(request.pending)[: request.num_pending] for request in requests]
+        following = [r.token_ids[r.draft_len + 1 : r.draft_len + 1 + len(f)] for r, f in zip(requests, features, strict=True)]
+        tokens, layout = causal_chunk(self.pool, requests, [request.draft_len for request in requests], following)
+        counts = torch.tensor(list(map(len, features)), device=self.device)
+        self.drafter.extend(
+            table_rows(requests, self.device), pad_sequence(features, batch_first=True), tokens, counts, layout, self._temperature(requests)
+        )
+        for request, rows in zip(requests, features, strict=True):
+            request.draft_len += len(rows)
+            request.pending.clear()
+
+    def complete_draft_blocks(self, request: Request) -> None:
+        """Before a request leaves: bring its draft cache up to date if that fills a block."""
+        if request.context_len // self.pool.block_size > request.draft_len // self.pool.block_size:
+            try:
+                self.sync_draft([request])
+            except Exception:
+                logger.exception("the draft cache of %s was not completed", request.request_id)
+
+    def bound_pending(self, requests: list[Request]) -> None:
+        """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""
+        self.sync_draft([r for r in requests if r.pending and r.num_pending * r.pending[0][0].nbytes > MAX_PENDING_BYTES])
+
+    def look_up(self, requests: list[Request], shape: TreeShape) -> Candidates | None:
+        """What the requests' own text proposes; None when nothing is to be drafted, or when it fails."""
+        if self.ngrams is None or shape.nodes == 1:
+            return None
+        try:
+            guesses = self.ngrams.find(requests, shape.nodes)
+            return guesses if self.drafter else guesses.worthwhile(shape.level_price, shape.node_price)
+        except Exception:
+            logger.exception("looking up n-grams failed; this step drafts without them")
+            return None
+
+    def propose(
+        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None
+    ) -> Tree:
+        """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
+        roots = last_tokens(requests, self.device)
+        if shape.nodes == 1:
+            return root_only(roots)
+        try:
+            if self.drafter is None:
+                return _ngram_tree(roots, shape, guesses)
+            self.sync_draft(requests)
+            lengths, max_context = context_lens(requests, self.device)
+            rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
+            tables = self.pool.tables[rows]
+            limits = self._limits(requests, shape)
+            return self.drafter.grow(rows, roots, tables, lengths, max_context, shape, options, noise, sigma, temperature, limits, guesses)
+        except Exception:
+            logger.exception("drafting failed; this step decodes plainly")
+            self.failed += 1
+            if self.drafter is not None:
+                self.drafter.guesses = None
+            return root_only(roots)
+
+    def _temperature(self, requests: list[Request]) -> Tensor:
+        """What the head is told, float32 [B]: 0 for greedy requests, 1 from temperature 1 on."""
+        params = [request.params for request in requests]
+        return torch.tensor([0.0 if p.greedy else min(p.temperature, 1.0) for p in params], device=self.device)
+
+    def learn(self, requests: list[Request], verdict: Verdict) -> None:
+        """Compare the best first guesses with the target's tokens there, which are known whatever was accepted."""
+        if self.learned is None or self.drafter is None or self.drafter.guesses is None:
+            return
+        tokens, scores = self.drafter.guesses
+        told = zip(self._temperature(requests).tolist(), scores.exp().tolist(), (tokens == verdict.tokens[:, 0]).tolist(), strict=True)
+        for temperature, predicted, right in told:
+            if predicted > 0:  # else nothing was to be drafted
+                self.learned.observe(temperature, predicted, right)
+        self.sigma = self.learned.points
+
+    def _sigma(self, requests: list[Request], levels: int) -> Tensor:
+        """Drafting temperatures, float32 [levels, B]."""
+        sigmas = [level_sigmas(self.sigma, request.params.temperature, levels) for request in requests]
+        return torch.tensor(list(zip(*sigmas, strict=True)), device=self.device)
+
+    def _limits(self, requests: list[Request], shape: TreeShape) -> Tensor | None:
+        """Most drafted nodes of every request, int64 [B]; None where the shape is the only limit."""
+        limits = [request.max_draft_nodes for request in requests]
+        return torch.tensor(limits, device=self.device) if min(limits) < shape.nodes - 1 else None
+
+
+def _ngram_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:
+    """Trees of n-grams alone."""
+    if guesses is None or guesses.pool is None:
+        return root_only(roots)
+    return best_tree(roots, guesses.pool.to(roots.device), shape.nodes, shape.node_price, guesses.depth)
