@@ -140,12 +140,21 @@ class Eagle3Head(nn.Module):
         """The target's low, middle and high features side by side, [..., 3 * H_t] -> [..., H]."""
         return self.fc(features)
 
-    def forward(self, embeddings: Tensor, hidden: Tensor, positions: Tensor, attend: Attend, temperature: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        embeddings: Tensor,
+        hidden: Tensor,
+        positions: Tensor,
+        attend: Attend,
+        temperature: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
         """One draft step.
 
         ``embeddings``: [..., H] of token i + 1. ``hidden``: [..., H], ``combine``d feature i, or the state that this method
         returned for the row before. ``positions``: integers [...]. ``temperature``: the request's, clamped to [0, 1], of a shape that
         broadcasts to [...]; None is 0. Returns the state to recycle, [..., H].
+        ``keep``, int64 [B]: the only rows, of [M], whose states are wanted; ``attend`` and ``temperature`` are of those alone.
         """
         config, eps = self.config, self.config.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm, eps)
@@ -156,6 +165,8 @@ class Eagle3Head(nn.Module):
         qk = torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, dims=-1), sin)
         q, k = qk.tensor_split((config.num_attention_heads,), dim=-2)
         residual = normed if config.norm_before_residual else hidden
+        if keep is not None:
+            residual = residual[keep]
         y = residual + self.o_proj(attend(q, k, v).flatten(-2))
         if self.temperature_shift is not None and temperature is not None:
             # After attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.

@@ -63,15 +63,24 @@ class Drafter:
         positions = layout.positions.clamp(max=len(self.head.rope) - 1)
         return self.head(self.head.embed(tokens), hidden, positions, attend, temperature[:, None])
 
-    def extend(self, rows: Tensor, features: Tensor, tokens: Tensor, counts: Tensor, layout: TreeLayout, temperature: Tensor) -> None:
-        """Write draft rows from the target's true features, and keep the last row's state.
+    def extend(
+        self, rows: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, layout: TreeLayout,
+        temperature: Tensor,
+    ) -> None:  # fmt: skip
+        """Write draft rows from the target's true features, and keep the state of every request's last one.
 
-        rows int64 [B]: places in ``state``; features [B, W, 3 * H]; tokens int64 [B, W]: the token after each feature;
-        counts int64 [B]: valid entries of W; layout: a causal chunk that starts at each request's draft length; temperature
-        float32 [B]: the requests', clamped to [0, 1].
+        rows int64 [B]: places in ``state``. Of all requests' rows together, one request after the other: features [M, 3 * H]; tokens
+        int64 [M]: the token after each feature; positions and physical slots int64 [M]. last int64 [B]: each request's last row, whose
+        layout is ``layout``, and which alone goes beyond keys and values; temperature float32 [B]: the requests', clamped to [0, 1].
         """
-        y = self._forward(tokens, self.head.combine(features.to(self.state.dtype)), layout, temperature)
-        self.state[rows] = y[torch.arange(len(rows), device=y.device), counts - 1]
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.cache.write(0, slots, k, v, None)
+            return tree_attention(q[last, None], self.cache.k[0], self.cache.v[0], layout, self._scale)[:, 0]
+
+        hidden = self.head.combine(features.to(self.state.dtype))
+        positions = positions.clamp(max=len(self.head.rope) - 1)
+        self.state[rows] = self.head(self.head.embed(tokens), hidden, positions, attend, temperature, last)
 
     def grow(
         self, rows: Tensor, roots: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape,

@@ -1,16 +1,15 @@
 """The draft side of a step: what is proposed to verification, by the head and by n-grams, and the head's cache kept true."""
 
 import logging
-from collections import defaultdict
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from drafts.eagle3 import DraftTemperature
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
-from server.engine.batch import causal_chunk, context_lens, last_tokens, table_rows
+from kernels.tree_layout import TreeLayout
+from server.engine.batch import context_lens, last_tokens, table_rows
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
 from server.engine.drafter import Drafter, TreeShape
@@ -51,27 +50,24 @@ class Proposer:
 
     def sync_draft(self, requests: list[Request]) -> None:
         """Bring the draft cache up to the committed tokens, with the target's true features."""
-        groups = defaultdict(list)
-        for request in requests:
-            if request.pending:
-                # Rows are padded to the longest of a pass: a fresh prompt beside seven tokens each would cost eight prompts.
-                groups[max(8, request.num_pending).bit_length()].append(request)
-        for group in groups.values():
-            self._extend_draft(group)
-
-    def _extend_draft(self, requests: list[Request]) -> None:
-        if self.drafter is None:
+        behind = [request for request in requests if request.pending]
+        if self.drafter is None or not behind:
             return
         # A request that ended may have fewer tokens than were accepted.
-        features = [torch.cat(request.pending)[: request.num_pending] for request in requests]
-        following = [r.token_ids[r.draft_len + 1 : r.draft_len + 1 + len(f)] for r, f in zip(requests, features, strict=True)]
-        tokens, layout = causal_chunk(self.pool, requests, [request.draft_len for request in requests], following)
-        counts = torch.tensor(list(map(len, features)), device=self.device)
-        self.drafter.extend(
-            table_rows(requests, self.device), pad_sequence(features, batch_first=True), tokens, counts, layout, self._temperature(requests)
-        )
-        for request, rows in zip(requests, features, strict=True):
-            request.draft_len += len(rows)
+        features = [torch.cat(request.pending)[: request.num_pending] for request in behind]
+        counts = list(map(len, features))
+        spans = [(r, place) for r, n in zip(behind, counts, strict=True) for place in range(r.draft_len, r.draft_len + n)]
+        entries = [(request.row, place, request.token_ids[place + 1]) for request, place in spans]
+        owners, positions, tokens = torch.tensor(entries, device=self.device).unbind(1)
+        size, tables = self.pool.block_size, self.pool.tables
+        slots = tables[owners, positions // size] * size + positions % size
+        last = torch.tensor(counts, device=self.device).cumsum(0) - 1
+        rows, ends = table_rows(behind, self.device), [request.draft_len + n - 1 for request, n in zip(behind, counts, strict=True)]
+        lengths = torch.tensor(ends, device=self.device)
+        layout = TreeLayout(tables[rows], lengths, torch.zeros_like(lengths)[:, None], None, None, size, max(ends))
+        self.drafter.extend(rows, torch.cat(features), tokens, positions, slots, last, layout, self._temperature(behind))
+        for request, n in zip(behind, counts, strict=True):
+            request.draft_len += n
             request.pending.clear()
 
     def complete_draft_blocks(self, request: Request) -> None:
