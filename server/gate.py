@@ -18,7 +18,7 @@ from server.openai.errors import APIError, answer_to
 logger = logging.getLogger(__name__)
 PROBES = frozenset({b"/health", b"/livez", b"/readyz"})
 ALWAYS = PROBES | {b"/metrics", b"/version", b"/openapi.json"}  # answered while there is no engine to ask
-MAX_BODY = 32 * 2**20  # bytes
+MAX_BODY = 16 * 2**20  # bytes
 MAX_HEADER_BYTES, MAX_HEADERS = 64 * 2**10, 256
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 

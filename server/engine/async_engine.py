@@ -226,9 +226,9 @@ class _Worker(threading.Thread):
             outputs, stats = self._engine.step()
         except torch.AcceleratorError:  # the device is lost to this process
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("the engine's step failed")
-            outputs, stats = self._fail_all()
+            outputs, stats = self._fail_all(error)
         finally:
             self.step_began = math.inf
         for output in outputs:
@@ -236,11 +236,11 @@ class _Worker(threading.Thread):
                 self._arrived.pop(output.request_id, None)
         self._send(outputs, stats)
 
-    def _fail_all(self) -> tuple[list[RequestOutput], StepStats]:
+    def _fail_all(self, error: Exception) -> tuple[list[RequestOutput], StepStats]:
         """End every request, since any may be the cause, and go on with the next ones."""
         now = time.monotonic()
         stats = StepStats(failed_steps=1, finished=[("error", RequestTimes(t, None, None, now)) for t in self._arrived.values()])
-        outputs = [RequestOutput(i, finish_reason="error", error="The engine failed on this request.") for i in self._arrived]
+        outputs = [RequestOutput.failed(i, error) for i in self._arrived]
         for output in outputs:
             with suppress(Exception):
                 self._engine.abort(output.request_id)

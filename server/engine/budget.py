@@ -91,13 +91,10 @@ class LoadRule:
                 best, speed = count, faster
         self._drafting = best > 0
         chosen = able[:best] + self._probe(able[best:])
-        if not chosen:
-            return Plan(self.shape.shrunk(1), [])
         speed = max(speed if best else 0.0, batch / cost.plain)
-        level = self.costs[self._measured(len(chosen))].level
-        return Plan(
-            self.shape._replace(level_price=speed * level, node_price=speed * cost.node / batch), chosen, speed * cost.plain / batch
-        )
+        level = self.costs[self._measured(len(chosen))].level if chosen else 0.0
+        shape = self.shape._replace(level_price=speed * level, node_price=speed * cost.node / batch)
+        return Plan(shape, chosen, speed * cost.plain / batch)
 
     def _probe(self, idle: list[Request]) -> list[Request]:
         """The request that drafts all the same, now and then: the one whose draft cache is the least behind."""
@@ -187,7 +184,7 @@ def measure_costs(run: Callable[[int, TreeShape], float], shape: TreeShape, max_
     for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
         best, until = [math.inf] * len(kinds), spent + TURN_SECONDS
         if spent > MEASURING_SECONDS:
-            costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=0.0)
+            costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=1e9)
             continue
         for _ in range(MAX_TURNS):
             for i, kind in enumerate(kinds):

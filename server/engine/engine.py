@@ -180,13 +180,13 @@ class Engine:
                 work(requests, outputs)
         except torch.AcceleratorError:  # unlike a shortage of memory, it comes back with every further call
             raise
-        except Exception:
+        except Exception as error:
             logger.exception("a step of %d requests failed", len(requests))
             stats.failed_steps += 1
             served = {output.request_id for output in outputs}
             left = [request for request in requests if request.request_id not in served]
             if len(requests) == 1 and left:
-                outputs.append(RequestOutput(left.pop().request_id, finish_reason="error", error="the engine failed on this request"))
+                outputs.append(RequestOutput.failed(left.pop().request_id, error))
         for output in outputs:
             request = self._requests[output.request_id]
             if output.finish_reason != "error":
@@ -248,7 +248,8 @@ class Engine:
         costs = measure_costs(run, full, max_batch)
         self.shape = full
         for request_id, request in list(self._requests.items()):
-            self.pool.forget(request.row)
+            if request in self.scheduler.running:  # all are, unless the cache is too small for them
+                self.pool.forget(request.row)
             self.abort(request_id)
         known = head.metadata.acceptance_length if head and head.metadata else {}
         return (LoadRule if head else FreeDraftRule)(full, costs, known or default_acceptance(full.nodes))

@@ -29,9 +29,11 @@ class Matcher:
         self._matcher, self._eos = matcher, eos
 
     def advance(self, token: int) -> None:
-        """Go on by a committed token; ValueError if the grammar forbids it."""
-        if token not in self._eos and not self._matcher.consume_token(token):
-            raise ValueError(self._matcher.get_error())
+        """Go on by a committed token; EngineError if following the grammar takes more work than the library allows."""
+        if token in self._eos and not self._matcher.is_error():
+            return
+        if not self._matcher.consume_token(token):
+            raise EngineError(f"the text cannot be held to its grammar: {_first_line(self._matcher.get_error())}")
 
     def demanded(self) -> list[int]:
         """The tokens of the text that must come next, whatever the model says; empty where it has a choice."""
@@ -41,34 +43,34 @@ class Matcher:
     def follow(self, tokens: Sequence[int], parents: Sequence[int], words: Tensor) -> list[int]:
         """The nodes of a tree, root included, all of whose path the grammar allows.
 
-        Writes to ``words``, int32 [N, ceil(V / 32)], what may come after each of them, as ``Allowed`` has it. ValueError where the
-        grammar takes more work than the library allows a step.
+        Writes to ``words``, int32 [N, ceil(V / 32)], what may come after each of them, as ``Allowed`` has it. Where a drafted path takes
+        more work than the library allows, which the text itself may not, only the root is kept.
         """
         children: list[list[int]] = [[] for _ in tokens]
         for node, (token, parent) in enumerate(zip(tokens[1:], parents[1:], strict=True), 1):
             if token >= 0:
                 children[parent].append(node)
-        kept: list[int] = []
+        spare = self._matcher.deep_copy()
+        kept = self._visit(0, tokens, children, words)
+        if self._matcher.is_error():
+            self._matcher = spare
+            kept = self._visit(0, tokens, [[]], words)
+        return kept
 
-        def visit(node: int) -> None:
-            kept.append(node)
-            mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
-            words[node] = mask[: words.shape[1]]  # the library adds a word where the vocabulary fills its words
-            if self._matcher.is_error():
-                raise ValueError(self._matcher.get_error())
-            allowed = words[node].tolist() if children[node] else []
-            for child in children[node]:
-                token = tokens[child]
-                if not allowed[token // 32] >> token % 32 & 1:
-                    continue
-                if token in self._eos:
-                    kept.append(child)  # the request ends here, whatever follows
-                    continue
-                self.advance(token)
-                visit(child)
+    def _visit(self, node: int, tokens: Sequence[int], children: Sequence[Sequence[int]], words: Tensor) -> list[int]:
+        """The allowed nodes of the subtree of ``node``, at which the matcher stands; anything once the matcher is in error."""
+        mask = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.int32)
+        words[node] = mask[: words.shape[1]]  # the library adds a word where the vocabulary fills its words
+        kept, allowed = [node], words[node].tolist() if children[node] else []
+        for child in children[node]:
+            token = tokens[child]
+            if not allowed[token // 32] >> token % 32 & 1:
+                continue
+            if token in self._eos:
+                kept.append(child)  # the request ends here, whatever follows
+            elif self._matcher.consume_token(token):
+                kept += self._visit(child, tokens, children, words)
                 self._matcher.rollback(1)
-
-        visit(0)
         return kept
 
 
@@ -85,7 +87,7 @@ class Grammars:
         """A matcher at the beginning of ``grammar``; EngineError says what is wrong with it."""
         with self._lock:
             compiled = self._compiled.get(grammar)
-        if compiled is None:
+        if compiled is None or _fault(compiled):  # copies share the library's automaton, and one may have used up its limits
             compiled = self._compile(grammar)
         with self._lock:
             self._compiled[grammar] = compiled
@@ -102,8 +104,8 @@ class Grammars:
             matcher = LLMatcher(tokenizer, _source(grammar), log_level=0)
         except ValueError as error:
             raise EngineError(_refusal(grammar, str(error))) from error
-        if matcher.is_error():
-            raise EngineError(_refusal(grammar, matcher.get_error()))
+        if fault := _fault(matcher):
+            raise EngineError(_refusal(grammar, fault))
         return matcher
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
@@ -129,8 +131,21 @@ def _source(grammar: Grammar) -> str:
     return grammar_from(grammar.kind, grammar.text)
 
 
+def _fault(matcher: LLMatcher) -> str:
+    """Why no text can be begun: some grammars turn out to be too much for the library only there. Empty if one can."""
+    trial = matcher.deep_copy()
+    trial.compute_bitmask()
+    trial.consume_tokens(trial.compute_ff_tokens()[:1])
+    return trial.get_error() if trial.is_error() else ""
+
+
 def _refusal(grammar: Grammar, reason: str) -> str:
-    return f"the {grammar.kind} cannot be compiled: {' '.join(reason.split())[:500]}"
+    return f"the {grammar.kind} cannot be compiled: {_first_line(reason)}"
+
+
+def _first_line(reason: str) -> str:
+    """What the library says, without the state of its parser."""
+    return " ".join(reason.split("\n<state>")[0].split())[:500]
 
 
 def constrain(requests: Sequence["Request"], tree: Tree, options: SamplingBatch, vocab_size: int) -> tuple[Tree, SamplingBatch]:

@@ -124,7 +124,11 @@ class Candidates(NamedTuple):
         if self.pool is None:
             return self
         gains = self.pool.scores.exp() - node_price
-        return self if float(gains.clamp(min=0).sum()) >= level_price else Candidates(self.drafts, None, 0)
+        return self if float(gains.clamp(min=0).sum()) >= level_price else self.without_pool()
+
+    def without_pool(self) -> "Candidates":
+        """Nothing is proposed, and yet it is learned whether it would have come true."""
+        return Candidates(self.drafts, None, 0)
 
 
 class Ngrams:
@@ -133,9 +137,9 @@ class Ngrams:
     def __init__(self) -> None:
         self.rates = Rates()
 
-    def find(self, requests: Sequence["Request"], nodes: int) -> Candidates:
-        """Guesses for trees of ``nodes`` nodes, root included."""
-        drafts = [self._draft(request, min(nodes - 1, request.max_draft_nodes)) for request in requests]
+    def find(self, requests: Sequence["Request"], nodes: int, matches: bool = True) -> Candidates:
+        """Guesses for trees of ``nodes`` nodes, root included; without ``matches`` those alone that a grammar demands."""
+        drafts = [self._draft(request, min(nodes - 1, request.max_draft_nodes), matches) for request in requests]
         width = max(len(draft.tokens) for draft in drafts)
         if width == 0:
             return Candidates(drafts, None, 0)
@@ -144,12 +148,12 @@ class Ngrams:
         parents = torch.tensor([draft.parents + [0] * (width - len(draft.parents)) for draft in drafts])
         return Candidates(drafts, Pool(scores, tokens, parents), max(draft.depth for draft in drafts))
 
-    def _draft(self, request: "Request", limit: int) -> Draft:
+    def _draft(self, request: "Request", limit: int, matches: bool) -> Draft:
         draft, ids = Draft(), request.token_ids
         if limit > 0:
             if request.matcher is not None:
                 draft.demand(request.matcher.demanded()[:limit], request.warmth, self.rates)
-            for length, place in request.ngrams.matches(ids)[:FOLLOWED]:
+            for length, place in request.ngrams.matches(ids)[:FOLLOWED] if matches else []:
                 path = ids[place : place + limit]
                 while len(path) < limit:  # the match overlaps what follows it: the text repeats itself
                     path += path[: limit - len(path)]
@@ -172,7 +176,7 @@ class Ngrams:
 class FullDrafts(Ngrams):
     """Stands in while step costs are measured: guesses as many as a tree holds, whatever the text."""
 
-    def _draft(self, request: "Request", limit: int) -> Draft:
+    def _draft(self, request: "Request", limit: int, matches: bool) -> Draft:
         draft = Draft()
         for node in range(limit):
             draft.add(node, 0, 0.0, (0, LONGEST, 0))

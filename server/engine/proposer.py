@@ -93,6 +93,12 @@ class Proposer:
             logger.exception("looking up n-grams failed; this step drafts without them")
             return None
 
+    def demanded(self, requests: list[Request], shape: TreeShape) -> Candidates | None:
+        """What grammars leave no choice of, which costs no draft; None where there is nothing."""
+        if self.ngrams is None or shape.nodes == 1:
+            return None
+        return self.ngrams.find(requests, shape.nodes, matches=False)
+
     def propose(
         self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None
     ) -> Tree:
@@ -102,7 +108,7 @@ class Proposer:
             return root_only(roots)
         try:
             if self.drafter is None:
-                return _ngram_tree(roots, shape, guesses)
+                return text_tree(roots, shape, guesses)
             self.sync_draft(requests)
             lengths, max_context = context_lens(requests, self.device)
             rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
@@ -143,8 +149,8 @@ class Proposer:
         return torch.tensor(limits, device=self.device) if min(limits) < shape.nodes - 1 else None
 
 
-def _ngram_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:
-    """Trees of n-grams alone."""
+def text_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:
+    """Trees of the texts' own guesses alone."""
     if guesses is None or guesses.pool is None:
         return root_only(roots)
     return best_tree(roots, guesses.pool.to(roots.device), shape.nodes, shape.node_price, guesses.depth)

@@ -13,13 +13,14 @@ from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
 from server.engine.batch import causal_chunk, context_lens, last_tokens, table_rows
 from server.engine.budget import Plan
+from server.engine.config import EngineError
 from server.engine.drafter import TreeShape
 from server.engine.grammar import constrain
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Candidates
 from server.engine.pool import root_only
-from server.engine.proposer import Proposer
+from server.engine.proposer import Proposer, text_tree
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
 from server.engine.target import Rows, Target
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Verification(NamedTuple):
-    """What one forward pass verifies of some requests; ``reach``: depth of the deepest node, at most."""
+    """What one forward pass verifies of some requests; ``reach``: depth of the deepest node, at most; ``planned``: by the load rule."""
 
     requests: list[Request]
     tree: Tree
@@ -38,6 +39,7 @@ class Verification(NamedTuple):
     noise: Noise | None
     guesses: Candidates | None
     rows: Rows
+    planned: bool
 
 
 class Steps:
@@ -115,11 +117,17 @@ class Steps:
             stats.prompt_tokens += len(chunk)
 
     def _verifications(self, requests: list[Request], plan: Plan) -> list[Verification]:
-        """Trees for those that draft, the roots alone for the others."""
+        """Trees for those that draft, the roots alone for the others, but for text that a grammar demands."""
         chosen = set(map(id, plan.drafting)) if plan.shape.nodes > 1 else set()
         drafting = [request for request in requests if id(request) in chosen]
-        plain = [request for request in requests if id(request) not in chosen]
-        return [*([self._draft(drafting, plan)] if drafting else []), *([self._plain(plain)] if plain else [])]
+        quiet = [request for request in requests if id(request) not in chosen]
+        bound = [request for request in quiet if request.matcher is not None and request.max_draft_nodes > 0]
+        free = [request for request in quiet if request not in bound]
+        return [
+            *([self._draft(drafting, plan)] if drafting else []),
+            *([self._plain(bound, plan.shape, self.proposer.demanded(bound, plan.shape))] if bound else []),
+            *([self._plain(free, plan.shape, None)] if free else []),
+        ]
 
     def _settle(
         self, batch: Verification, logits: Tensor, features: Tensor | None, verdict: Verdict, healthy: Tensor, plan: Plan, stats: StepStats
@@ -146,18 +154,22 @@ class Steps:
         plan.levels = self.proposer.drafter.levels if self.proposer.drafter else 1
         tree, options = constrain(requests, tree, options, self.target.vocab_size)
         if not self.proposer.drafted(requests, tree):
-            return self._plain(requests, guesses)
-        return self._verification(requests, tree, reach, options, noise, guesses)
+            return self._plain(requests, shape, guesses and guesses.without_pool())
+        return self._verification(requests, tree, reach, options, noise, guesses, planned=True)
 
-    def _plain(self, requests: list[Request], guesses: Candidates | None = None) -> Verification:
+    def _plain(self, requests: list[Request], shape: TreeShape, guesses: Candidates | None) -> Verification:
+        """The roots, and such guesses as cost nothing to make."""
+        reach = guesses.depth if guesses else 0
         options = batch_options(requests, self.target.vocab_size, self.device)
-        noise = batch_noise(requests, 1, self.target.vocab_size, self.device)
-        tree, options = constrain(requests, root_only(last_tokens(requests, self.device)), options, self.target.vocab_size)
-        return self._verification(requests, tree, 0, options, noise, guesses)
+        noise = batch_noise(requests, reach + 1, self.target.vocab_size, self.device)
+        tree = text_tree(last_tokens(requests, self.device), shape, guesses)
+        tree, options = constrain(requests, tree, options, self.target.vocab_size)
+        return self._verification(requests, tree, reach, options, noise, guesses, planned=False)
 
     def _verification(
-        self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None
-    ) -> Verification:
+        self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None,
+        planned: bool,
+    ) -> Verification:  # fmt: skip
         lengths, max_context = context_lens(requests, self.device)
         # Padding costs nothing on a GPU, where finding it would make the host wait.
         live = None if self.device.type == "cuda" else tree.tokens >= 0
@@ -165,7 +177,7 @@ class Steps:
             live = None
         tables = self.pool.tables[table_rows(requests, self.device)]
         layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, live, self.pool.block_size, max_context)
-        return Verification(requests, tree, reach, options, noise, guesses, Rows(tree.tokens.clamp(min=0), layout))
+        return Verification(requests, tree, reach, options, noise, guesses, Rows(tree.tokens.clamp(min=0), layout), planned)
 
     def _accept(self, batch: Verification, verdict: Verdict, plan: Plan, stats: StepStats) -> None:
         """Move what survived to the front of the cache, and learn from it."""
@@ -176,9 +188,11 @@ class Steps:
             if drafted:
                 request.speculation.record(drafted, accepted, batch.reach)
                 stats.drafts.append((drafted, accepted))
-                plan.drafts.append((request, drafted, accepted))
-        stats.draft_levels, stats.tree_nodes = plan.levels, batch.tree.tokens.shape[1]
-        self.proposer.learn(batch.requests, verdict)
+                if batch.planned:
+                    plan.drafts.append((request, drafted, accepted))
+        if batch.planned:
+            stats.draft_levels, stats.tree_nodes = plan.levels, batch.tree.tokens.shape[1]
+            self.proposer.learn(batch.requests, verdict)
 
     def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:
         """Keep the features of the accepted nodes for the draft cache."""
@@ -202,8 +216,9 @@ class Steps:
                     raise FloatingPointError("the target's logits are NaN")
                 output = request.commit(committed, _path_logprobs(request, logits[i], verdict.path[i], committed))
             except Exception as error:
-                logger.exception("request %s failed", request.request_id)
-                output = RequestOutput(request.request_id, finish_reason="error", error=f"generation failed: {type(error).__name__}")
+                if not isinstance(error, EngineError):  # which the client is told
+                    logger.exception("request %s failed", request.request_id)
+                output = RequestOutput.failed(request.request_id, error)
             request.context_len = len(request.token_ids) - 1
             stats.generation_tokens += len(output.token_ids)
             outputs.append(output)

@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from server.engine.config import EngineError
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
@@ -99,7 +101,8 @@ class RequestOutput:
     ``text`` is what may be shown now (stop strings are held back until they are ruled out). ``token_texts[i]`` is the part of the
     text that token i completed; joined over all outputs of a request it is the request's whole text before a stop string is cut.
     ``prompt_logprobs`` comes once, with the first output, its first entry None. ``stop_reason``: the stop string or stop token id
-    that ended the request, None for the end-of-sequence token. ``error``: what to tell the client when ``finish_reason`` is "error".
+    that ended the request, None for the end-of-sequence token. ``error``: what to tell the client when ``finish_reason`` is "error";
+    ``invalid``: that the request is to blame for it.
     ``num_cached_tokens``: prompt tokens that were not computed, since other requests had computed them.
     """
 
@@ -112,8 +115,16 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: str | None = None
+    invalid: bool = False
     num_cached_tokens: int = 0
     speculation: SpeculationStats | None = None  # with the last output
+
+    @classmethod
+    def failed(cls, request_id: str, error: Exception) -> "RequestOutput":
+        """The end of a request by ``error``, of which only what an EngineError says is for the client."""
+        invalid = isinstance(error, EngineError)
+        message = str(error) if invalid else "the engine failed on this request"
+        return cls(request_id, finish_reason="error", error=message, invalid=invalid)
 
 
 @dataclass(frozen=True)

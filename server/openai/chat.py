@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
+from server.openai.body import JsonRoute
 from server.openai.chat_choices import ChatChoiceBuilder
 from server.openai.chat_protocol import ChatCompletion, ChatCompletionChunk, ChatRequest
 from server.openai.chat_template import render
@@ -12,7 +13,7 @@ from server.openai.structured import compile_grammar
 
 FORM = Form("chatcmpl", ChatCompletion, "chat.completion", ChatCompletionChunk, "chat.completion.chunk")
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERRORS)

@@ -36,7 +36,7 @@ class ChoiceBuilder(ABC):
         """Count the outputs; their text, and index, finish_reason and stop_reason of the choice."""
         last = outputs[-1]
         if last.finish_reason in ("error", "abort"):
-            raise APIError(500, last.error) if last.error else internal_error()
+            raise APIError(400 if last.invalid else 500, last.error) if last.error else internal_error()
         self.cached_tokens = last.num_cached_tokens
         self.completion_tokens += sum(len(output.token_ids) for output in outputs)
         outcome = {"index": self.index, "finish_reason": last.finish_reason, "stop_reason": last.stop_reason}

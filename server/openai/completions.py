@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter, Request, Response
 
+from server.openai.body import JsonRoute
 from server.openai.choices import CompletionChoiceBuilder
 from server.openai.completion_protocol import Completion, CompletionRequest
 from server.openai.errors import APIError
@@ -11,7 +12,7 @@ from server.openai.structured import compile_grammar
 
 FORM = Form("cmpl", Completion, "text_completion", Completion, "text_completion")
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ERRORS)

@@ -2,11 +2,13 @@
 
 import asyncio
 import json
+from io import StringIO
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server.engine.config import EngineError
+from server.engine.grammar import MAX_CHARACTERS
 from server.engine.types import Grammar
 from server.openai.errors import APIError
 
@@ -19,11 +21,18 @@ MAX_CHOICES_OF_TEXT = 4096
 
 
 def schema_grammar(schema: Any) -> Grammar:
-    """ValueError for a schema that is nested too deeply to be written down."""
+    """ValueError for a schema that is nested too deeply to be written down, or too long."""
+    if isinstance(schema, str):
+        return Grammar("json_schema", schema)
+    text = StringIO()
     try:
-        return Grammar("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+        for part in json.JSONEncoder().iterencode(schema):  # up to the limit only, since it may have any length
+            if text.tell() + len(part) > MAX_CHARACTERS:
+                raise ValueError(f"the schema has more than {MAX_CHARACTERS} characters")
+            text.write(part)
     except RecursionError:
         raise ValueError("the schema is nested too deeply") from None
+    return Grammar("json_schema", text.getvalue())
 
 
 class JsonSchema(BaseModel):

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import BaseModel, FailFast, Field
 
+from server.openai.body import JsonRoute
 from server.openai.chat_protocol import MAX_MESSAGES, Conversation, Message
 from server.openai.chat_template import render
 from server.openai.errors import APIError
@@ -13,7 +14,7 @@ from server.openai.generation import ERRORS
 from server.openai.protocol import RequestBody
 from server.openai.service import CurrentService
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
 class TokenizeRequest(Conversation):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +23,8 @@ from tools.demo.tokenizer import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "drafts" / "demo"
+KEY = {"authorization": "Bearer Second key"}
+BODY = {"prompt": "x", "max_tokens": 4, "temperature": 0}
 START_SECONDS = 280  # importing torch and transformers takes most of it on a busy machine
 
 
@@ -145,3 +148,44 @@ def at_rest(http: httpx.Client) -> bool:
 def http(server: Server) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=120) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def guarded(pair: list[str]) -> Iterator[Server]:
+    """A server with keys, and clients that have little time."""
+    options = ["--client-timeout", "1", "--max-logprobs", "200", "--cors-origin", "https://pages.example", "--kv-cache-memory", "72KiB"]
+    with serving(*pair, *options, VSD_API_KEY="First,Second key") as server:
+        yield server
+    log = "".join(server.log)
+    assert "Traceback" not in log
+    assert not re.search("First|Second", log)
+
+
+@pytest.fixture
+def keyed(guarded: Server) -> Iterator[httpx.Client]:
+    """A client with a key; what a test did leaves a server that works."""
+    with httpx.Client(base_url=guarded.url, headers=KEY, timeout=60) as client:
+        yield client
+        assert client.get("/livez").status_code == 200
+        assert client.post("/v1/completions", json=BODY).status_code == 200
+        wait_until(lambda: at_rest(client))
+
+
+def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:
+    url = httpx.URL(server.url)
+    client = socket.socket()
+    if receive_buffer is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    client.settimeout(20)
+    client.connect((url.host, url.port))
+    return client
+
+
+def exchange(server: Server, request: bytes) -> bytes:
+    """What the server answers before it closes, if anything."""
+    with connect(server) as client:
+        try:
+            client.sendall(request)
+            return b"".join(iter(lambda: client.recv(65536), b""))
+        except ConnectionError:
+            return b""

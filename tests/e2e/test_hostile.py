@@ -1,9 +1,7 @@
 """Clients that mean harm, or cannot do better, at a server with keys."""
 
 import json
-import re
 import shutil
-import socket
 import ssl
 import subprocess
 import time
@@ -14,60 +12,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import Server, at_rest, metric, serving, wait_until
-
-KEY = {"authorization": "Bearer Second key"}
-BODY = {"prompt": "x", "max_tokens": 4, "temperature": 0}
-
-
-@pytest.fixture(scope="module")
-def guarded(pair: list[str]) -> Iterator[Server]:
-    options = ["--client-timeout", "1", "--max-logprobs", "200", "--cors-origin", "https://pages.example"]
-    with serving(*pair, *options, VSD_API_KEY="First,Second key") as server:
-        yield server
-    log = "".join(server.log)
-    assert "Traceback" not in log
-    assert not re.search("First|Second", log)
-
-
-@pytest.fixture
-def http(guarded: Server) -> Iterator[httpx.Client]:
-    """A client with a key; what a test did leaves a server that works."""
-    with httpx.Client(base_url=guarded.url, headers=KEY, timeout=60) as client:
-        yield client
-        assert client.get("/livez").status_code == 200
-        assert client.post("/v1/completions", json=BODY).status_code == 200
-        wait_until(lambda: at_rest(client))
-
-
-def connect(server: Server, receive_buffer: int | None = None) -> socket.socket:
-    url = httpx.URL(server.url)
-    client = socket.socket()
-    if receive_buffer is not None:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    client.settimeout(20)
-    client.connect((url.host, url.port))
-    return client
-
-
-def exchange(server: Server, request: bytes) -> bytes:
-    """What the server answers before it closes, if anything."""
-    with connect(server) as client:
-        try:
-            client.sendall(request)
-            return b"".join(iter(lambda: client.recv(65536), b""))
-        except ConnectionError:
-            return b""
+from tests.e2e.conftest import BODY, KEY, Server, at_rest, connect, exchange, metric, serving, wait_until
 
 
 @pytest.mark.parametrize("key", ["First", "Second key"])
-def test_every_key_opens(http: httpx.Client, key: str) -> None:
-    assert http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
+def test_every_key_opens(keyed: httpx.Client, key: str) -> None:
+    assert keyed.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 200
 
 
 @pytest.mark.parametrize("key", ["first", "Second Key", "First,Second key", "Second"])
-def test_other_keys_do_not(http: httpx.Client, key: str) -> None:
-    assert http.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 401
+def test_other_keys_do_not(keyed: httpx.Client, key: str) -> None:
+    assert keyed.get("/v1/models", headers={"authorization": f"Bearer {key}"}).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -76,7 +31,7 @@ def test_other_keys_do_not(http: httpx.Client, key: str) -> None:
      "http://x/health", "/metrics", "/openapi.json", "/nothing", "*"],
 )  # fmt: skip
 @pytest.mark.parametrize("host", ["x", "x/?", "x/#", "/health"])
-def test_no_path_goes_around_the_key(http: httpx.Client, guarded: Server, target: str, host: str) -> None:
+def test_no_path_goes_around_the_key(keyed: httpx.Client, guarded: Server, target: str, host: str) -> None:
     answer = exchange(guarded, f"GET {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n".encode())
     assert answer.split()[1] == b"401"
 
@@ -84,7 +39,7 @@ def test_no_path_goes_around_the_key(http: httpx.Client, guarded: Server, target
 @pytest.mark.parametrize(
     "headers", [b"".join(b"x-%d: y\r\n" % i for i in range(10_000)), b"x: " + b"y" * (16 << 20) + b"\r\n"], ids=["many", "long"]
 )
-def test_headers_without_end(http: httpx.Client, guarded: Server, headers: bytes) -> None:
+def test_headers_without_end(keyed: httpx.Client, guarded: Server, headers: bytes) -> None:
     answer = exchange(guarded, b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + headers + b"\r\n")
     assert not answer or answer.split()[1] in (b"400", b"431")
 
@@ -101,7 +56,7 @@ def test_headers_without_end(http: httpx.Client, guarded: Server, headers: bytes
     ],
     ids=["headers", "body"],
 )
-def test_requests_that_drip(http: httpx.Client, guarded: Server, before: bytes, at_once: bytes, slowly: bytes) -> None:
+def test_requests_that_drip(keyed: httpx.Client, guarded: Server, before: bytes, at_once: bytes, slowly: bytes) -> None:
     with connect(guarded) as client:
         client.sendall(before)
         assert not before or b"200 OK" in client.recv(65536)
@@ -115,7 +70,7 @@ def test_requests_that_drip(http: httpx.Client, guarded: Server, before: bytes, 
         assert time.monotonic() - start < 5
 
 
-def test_a_reader_that_stops(http: httpx.Client, guarded: Server) -> None:
+def test_a_reader_that_stops(keyed: httpx.Client, guarded: Server) -> None:
     """Cut off, its place and blocks free, while others go on."""
     prompts = ["x"] * 64
     body = json.dumps({"prompt": prompts, "max_tokens": 400, "ignore_eos": True, "stream": True, "logprobs": 200}).encode()
@@ -123,30 +78,30 @@ def test_a_reader_that_stops(http: httpx.Client, guarded: Server) -> None:
     aborted = 'outcome="abort"}'
     with connect(guarded, receive_buffer=4096) as client:
         client.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
-        wait_until(lambda: metric(http, "num_requests_running") > 0)
-        wait_until(lambda: aborted in http.get("/metrics").text, 90)
-        wait_until(lambda: at_rest(http), 5)
-    assert metric(http, "generation_tokens_total") < 400 * len(prompts) / 2
+        wait_until(lambda: metric(keyed, "num_requests_running") > 0)
+        wait_until(lambda: aborted in keyed.get("/metrics").text, 90)
+        wait_until(lambda: at_rest(keyed), 5)
+    assert metric(keyed, "generation_tokens_total") < 400 * len(prompts) / 2
     assert any("cut off: it did not read" in line for line in guarded.log)
 
 
-def test_bodies(http: httpx.Client) -> None:
+def test_bodies(keyed: httpx.Client) -> None:
     def chunks() -> Iterator[bytes]:
         yield from (b" " * 2**20 for _ in range(40))
 
     for content in (b"", b"{", b"[" * 10_000, b"\xff"):
-        assert http.post("/v1/completions", content=content, headers={"content-type": "application/json"}).status_code == 400
-    assert http.post("/v1/completions", content=chunks(), headers={"content-type": "application/json"}).status_code == 413
+        assert keyed.post("/v1/completions", content=content, headers={"content-type": "application/json"}).status_code == 400
+    assert keyed.post("/v1/completions", content=chunks(), headers={"content-type": "application/json"}).status_code == 413
 
 
-def test_pages_of_other_origins(http: httpx.Client) -> None:
+def test_pages_of_other_origins(keyed: httpx.Client) -> None:
     """Only those that were named get permission, and even they need the key."""
     for origin, allowed in (("https://pages.example", "https://pages.example"), ("https://other.example", None)):
         ask = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
-        with httpx.Client(base_url=http.base_url, timeout=60) as page:
+        with httpx.Client(base_url=keyed.base_url, timeout=60) as page:
             assert page.options("/v1/completions", headers=ask).headers.get("access-control-allow-origin") == allowed
             assert page.post("/v1/completions", json=BODY, headers={"origin": origin}).status_code == 401
-        assert http.post("/v1/completions", json=BODY, headers={"origin": origin}).headers.get("access-control-allow-origin") == allowed
+        assert keyed.post("/v1/completions", json=BODY, headers={"origin": origin}).headers.get("access-control-allow-origin") == allowed
 
 
 @pytest.fixture(scope="module")

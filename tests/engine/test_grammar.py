@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from server.engine import grammar as grammar_module
+from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.drafter import TreeShape
-from server.engine.engine import Engine
-from server.engine.grammar import Grammars, Matcher
+from server.engine.grammar import Grammars
 from server.engine.types import Grammar, SamplingParams
 from tests.engine.engines import EOS, VOCAB, Result, Run, build, byte_tokenizer, letter_tokenizer, random_head, run, tiny_model
 from tests.engine.guided import Guide, random_tree
@@ -150,15 +150,23 @@ def test_every_grammar_in_one_batch(drafts: str, model: PreTrainedModel, plain: 
         assert sum(result.speculation.num_accepted_tokens for result in results[3:]) > len(keys) * 3
 
 
-@pytest.mark.parametrize("draft", ["head", "ngram"])
+@pytest.mark.parametrize("draft", ["head", "quiet head", "ngram"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_demanded_text_is_drafted(draft: str, temperature: float, model: PreTrainedModel) -> None:
-    """Steps are those of the free tokens, and of what one tree holds; the tokens are those without drafts."""
+def test_demanded_text_is_drafted(draft: str, temperature: float, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are those of the free tokens, and of what one tree holds; the tokens are those without drafts.
+
+    A load that leaves no room for the head has some for what costs nothing to draft.
+    """
     sentence = "the quick brown fox jumps over the lazy dog"
     grammar = Grammar("regex", f"[ab][ab] {sentence}!")
     requests = [(prompt, replace(BASE, temperature=temperature, grammar=grammar)) for prompt in PROMPTS]
     wanted = [run(build(model), [request])[0].token_ids for request in requests]
-    results = run(build(model, random_head(model) if draft == "head" else None, tree_nodes=24, draft=draft), requests)
+    engine = build(model, None if draft == "ngram" else random_head(model), tree_nodes=24, draft=draft)
+    if draft == "quiet head":
+        monkeypatch.setattr(engine, "_plan", lambda requests: Plan(engine.shape, requests[:1]))
+    free = [(prompt, replace(BASE, temperature=temperature)) for prompt in PROMPTS]
+    *results, other = run(engine, requests + free[:1])
+    assert other.token_ids == run(build(model), free[:1])[0].token_ids
     assert [result.token_ids for result in results] == wanted
     assert all(sentence in result.text for result in results)
     for result in results:
@@ -214,6 +222,8 @@ def test_trees_are_followed_as_every_path_alone(name: str) -> None:
     assert kept_before > 24
 
 
+HEAVY = "(a|aa)+" * 200 + "b"  # more than the library will follow
+LONG = "".join(f"\n{a}: {b} {b} {b} {b}" for a, b in itertools.pairwise("abcdefghij")) + '\nj: "x"'  # a text far too long
 BROKEN = [
     (Grammar("json_schema", '{"type": "wood"}'), "wood"),
     (Grammar("json_schema", '{"$ref": "http://example.com/a"}'), "example.com"),
@@ -223,6 +233,8 @@ BROKEN = [
     (Grammar("regex", "(a"), "unclosed"),
     (Grammar("regex", "a(?=b)"), "look"),
     (Grammar("grammar", "start: nothing"), "nothing"),
+    (Grammar("grammar", "start: a" + LONG), "items"),
+    (Grammar("json_schema", '{"$ref": "#"}'), "compiled"),
     (Grammar("regex", "a" * (2**18 + 1)), "at most 262144"),
 ]
 
@@ -249,31 +261,34 @@ def test_tokenizers_that_cannot_follow(model: PreTrainedModel) -> None:
         Grammars(byte_tokenizer(), VOCAB, frozenset()).matcher(CHOICE)
 
 
-def test_a_request_that_fails_in_its_grammar_fails_alone(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("draft", ["head", "ngram"])
+def test_a_request_whose_grammar_is_too_much_fails_alone(draft: str, model: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
     alone = run(build(model), [(PROMPTS[1], replace(BASE, grammar=GRAMMARS["regex"]))])[0]
-    follow = Matcher.follow
-    engine = build(model, random_head(model))
+    engine = build(model, random_head(model)) if draft == "head" else build(model, draft="ngram")
     going = Run(engine)
-    going.add("bad", PROMPTS[0], replace(BASE, grammar=GRAMMARS["object"]))
+    going.add("bad", PROMPTS[0], replace(BASE, grammar=Grammar("regex", f"(x|y){HEAVY}")))
     going.add("good", PROMPTS[1], replace(BASE, grammar=GRAMMARS["regex"]))
-    going.step()
-    bad = _matcher(engine, "bad")
-
-    def failing(matcher: Matcher, *arguments: object) -> list[int]:
-        if matcher is bad:
-            raise ValueError("too much work")
-        return follow(matcher, *arguments)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Matcher, "follow", failing)
     results = going.finish()
-    assert results["bad"].finish_reason == "error"
+    last = results["bad"].last
+    assert last.finish_reason == "error"
+    assert last.invalid
+    assert last.error == "the text cannot be held to its grammar: lexer error: too many expressions constructed"
     assert results["good"].token_ids == alone.token_ids
+    assert not caplog.records
+    assert run(engine, [(PROMPTS[1], replace(BASE, grammar=GRAMMARS["regex"]))])[0].token_ids == alone.token_ids
 
 
-def _matcher(engine: Engine, request_id: str) -> Matcher:
-    [matcher] = [request.matcher for request in engine.scheduler.running if request.request_id == request_id]
-    assert matcher is not None
-    return matcher
+def test_a_draft_that_is_too_much_for_its_grammar_is_left_out() -> None:
+    """The text itself may go another way, as it does without speculation."""
+    grammars = Grammars(byte_tokenizer(), VOCAB, frozenset([EOS]))
+    matcher = grammars.matcher(Grammar("grammar", f'start: "zz" | "y" a{LONG}'))
+    words = torch.zeros(5, -(-VOCAB // 32), dtype=torch.int32)
+    alone = words[:1].clone()
+    matcher.follow([0], [0], alone)
+    assert matcher.follow([0, *b"zyzx"], [0, 0, 0, 1, 2], words) == [0]
+    assert words[0].tolist() == alone[0].tolist()
+    matcher.advance(ord("z"))
+    assert matcher.follow([0, ord("z")], [0, 0], words) == [0, 1]
 
 
 def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,6 +300,17 @@ def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPat
     for text in ("a", "b", "a", "c", "a", "b"):
         grammars.matcher(Grammar("regex", text))
     assert compiled == ["a", "b", "c", "b"]
+
+
+def test_a_grammar_that_one_text_used_up_serves_others() -> None:
+    grammars = Grammars(byte_tokenizer(), VOCAB, frozenset([EOS]))
+    grammar = Grammar("regex", f"zz|x{HEAVY}")
+    for _ in range(2):
+        matcher = grammars.matcher(grammar)
+        matcher.advance(ord("x"))
+        matcher.follow([0], [0], torch.zeros(1, -(-VOCAB // 32), dtype=torch.int32))
+        with pytest.raises(EngineError, match="too many expressions"):
+            matcher.advance(ord("a"))
 
 
 @pytest.mark.parametrize("vocab_size", [VOCAB, 288, 300])

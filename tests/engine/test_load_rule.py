@@ -64,7 +64,6 @@ def test_prices_rise_with_the_load_until_nobody_drafts() -> None:
     busy = [len(plan.drafting) < batch for plan, batch in zip(plans, BATCHES, strict=True)]
     assert not busy[0]
     assert not plans[-1].drafting
-    assert plans[-1].shape == SHAPE.shrunk(1)
     assert busy == sorted(busy), "once too busy, always too busy"
     prices = [plan.shape.node_price for plan in plans if plan.drafting]
     assert prices == sorted(prices)

@@ -101,7 +101,7 @@ class FakeEngine:
 
     def _advance(self, request: Request, stats: StepStats) -> RequestOutput:
         if ord("!") in self._bytes(request) and request.num_output:
-            output = RequestOutput(request.request_id, finish_reason="error", error="the engine failed on this request")
+            output = RequestOutput.failed(request.request_id, RuntimeError("secret"))
         else:
             tokens = [self._letter(request.seed + request.num_output + i) for i in range(TOKENS_PER_STEP)]
             logprobs = [self._logprob(token, request.params.logprobs or 0) for token in tokens]
