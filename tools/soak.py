@@ -26,6 +26,7 @@ import httpx
 
 from tools.bench.http import free_port
 
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ROWS = 8
 SERVER = ("--max-num-seqs", str(ROWS), "--max-queued-requests", "24", "--max-model-len", "512", "--kv-cache-memory", "14MiB")
 START_SECONDS = 300
@@ -41,9 +42,20 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"logit_bias": {"40": 3, "41": -5}},
     {"ignore_eos": True}, {"min_tokens": 1}, {"speculation": {"max_nodes": 3}}, {"cache_salt": "a"},
 )  # fmt: skip
+ANIMAL = {
+    "type": "object", "properties": {"animal": {"enum": ["cat", "dog"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["animal", "legs"], "additionalProperties": False,
+}  # fmt: skip
+FORMS: tuple[dict[str, Any], ...] = (
+    {}, {"structured_outputs": {"regex": "[a-z]{3,9}( [a-z]{2,9}){3}"}}, {"structured_outputs": {"choice": ["seven apples", "seven pears"]}},
+    {"response_format": {"type": "json_object"}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": "animal", "schema": ANIMAL}}},
+)  # fmt: skip
+TOOLS = {"tools": [{"type": "function", "function": {"name": "count", "parameters": ANIMAL}}], "tool_choice": "required"}
 WRONG: tuple[tuple[int, dict[str, Any]], ...] = (
     (400, {"temperature": -1}), (400, {"n": 10**9}), (400, {"prompt": []}), (400, {"prompt": [10**6]}), (400, {"max_tokens": 10**6}),
     (404, {"model": "other"}), (400, {"logit_bias": {"x": 1}}), (400, {"stop": ""}), (400, {"prompt": "x" * 10**5}), (400, {"suffix": "x"}),
+    (400, {"structured_outputs": {"regex": "(a|aa)+" * 200}}), (400, {"response_format": {"type": "yaml"}}),
 )  # fmt: skip
 
 
@@ -74,27 +86,34 @@ class Clients:
             except httpx.HTTPError as error:
                 self._tally.faults.append(f"{ask.__name__}: {error!r}")
 
-    def _body(self) -> dict[str, Any]:
+    def _request(self) -> tuple[str, dict[str, Any]]:
+        """A path and a body for it."""
         draws = self._draws
-        sampling = {"temperature": 0} if draws.random() < 0.6 else draws.choice(SAMPLING)
-        return {"prompt": draws.choice(PROMPTS), "max_tokens": draws.choice((1, 12, 48)), **sampling, **draws.choice(OPTIONS)}
+        body = {"max_tokens": draws.choice((1, 12, 48)), **({"temperature": 0} if draws.random() < 0.6 else draws.choice(SAMPLING))}
+        options = draws.choice(OPTIONS) if draws.random() < 0.7 else draws.choice(FORMS)
+        if draws.random() < 0.7:
+            return COMPLETIONS, {"prompt": draws.choice(PROMPTS), **body, **options}
+        return CHAT, {"messages": [{"role": "user", "content": draws.choice(PROMPTS)}], **body, **(TOOLS if options in FORMS else options)}
 
     async def _answered(self) -> None:
-        body = self._body()
-        extra = {"stream": self._draws.random() < 0.5, **({"logprobs": 3} if self._draws.random() < 0.2 else {})}
-        response = await self._http.post("/v1/completions", json={**body, **extra})
+        path, body = self._request()
+        extra: dict[str, Any] = {"stream": self._draws.random() < 0.5}
+        if self._draws.random() < 0.2:
+            extra |= {"logprobs": 3} if path == COMPLETIONS else {"logprobs": True, "top_logprobs": 3}
+        response = await self._http.post(path, json={**body, **extra})
         if response.status_code == 503 and "retry-after" in response.headers:
             self._tally.counts["overloaded"] += 1
             await asyncio.sleep(0.2)
         elif response.status_code != 200:
             self._tally.faults.append(f"status {response.status_code} for {body}: {response.text[:200]}")
         elif body.get("temperature") == 0:
-            text = _stream_text(response.text) if extra["stream"] else response.json()["choices"][0]["text"]
-            self._tally.greedy.setdefault(json.dumps(body), set()).add(text)
+            text = _stream_text(response.text) if extra["stream"] else _text(response.json())
+            self._tally.greedy.setdefault(json.dumps([path, body]), set()).add(text)
 
     async def _leave(self) -> None:
         """Read some events and hang up."""
-        async with self._http.stream("POST", "/v1/completions", json={**self._body(), "max_tokens": 200, "stream": True}) as response:
+        path, body = self._request()
+        async with self._http.stream("POST", path, json={**body, "max_tokens": 200, "stream": True}) as response:
             lines = self._draws.randrange(12)
             async for _ in response.aiter_lines():
                 lines -= 1
@@ -103,12 +122,13 @@ class Clients:
 
     async def _leave_early(self) -> None:
         """Hang up while the request waits or is computed."""
+        path, body = self._request()
         with suppress(httpx.TimeoutException):
-            await self._http.post("/v1/completions", json={**self._body(), "max_tokens": 200}, timeout=self._draws.uniform(0.01, 0.3))
+            await self._http.post(path, json={**body, "max_tokens": 200}, timeout=self._draws.uniform(0.01, 0.3))
 
     async def _wrong(self) -> None:
         status, fields = self._draws.choice(WRONG)
-        response = await self._http.post("/v1/completions", json={"prompt": "x", **fields})
+        response = await self._http.post(COMPLETIONS, json={"prompt": "x", **fields})
         if response.status_code != status or set(response.json()) != {"error"}:
             self._tally.faults.append(f"status {response.status_code}, not {status}, for {fields}: {response.text[:200]}")
 
@@ -121,7 +141,17 @@ def _stream_text(events: str) -> str:
     *parts, done = [line.removeprefix("data: ") for line in events.splitlines() if line]
     if done != "[DONE]":
         return "a stream without [DONE]"
-    return "".join(choice["text"] for part in parts for choice in json.loads(part).get("choices", []))
+    return "".join(_text(json.loads(part)) for part in parts)
+
+
+def _text(answer: dict[str, Any]) -> str:
+    """What a whole answer says, or what an event adds to it; of a call its arguments."""
+    text = ""
+    for choice in answer.get("choices", []):
+        said = choice.get("message") or choice.get("delta") or {}
+        calls = said.get("tool_calls") or []
+        text += (choice.get("text") or said.get("content") or "") + "".join(call["function"].get("arguments", "") for call in calls)
+    return text
 
 
 async def soak(url: str, process: int, seconds: float, concurrency: int, seed: int) -> Tally:
@@ -166,7 +196,7 @@ async def _check_rows(http: httpx.AsyncClient, tally: Tally) -> None:
     """All places of the batch can be taken together."""
     most = 0.0
     body = {"prompt": ["x"] * ROWS, "max_tokens": 64, "ignore_eos": True, "temperature": 0}
-    post = asyncio.create_task(http.post("/v1/completions", json=body))
+    post = asyncio.create_task(http.post(COMPLETIONS, json=body))
     while not post.done():
         most = max(most, (await _gauges(http))["vsd_num_requests_running"])
     if (await post).status_code != 200 or most < ROWS:
@@ -175,12 +205,13 @@ async def _check_rows(http: httpx.AsyncClient, tally: Tally) -> None:
 
 async def _check_greedy(http: httpx.AsyncClient, tally: Tally) -> None:
     for key, texts in tally.greedy.items():
-        body = {**json.loads(key), "speculation": {"enabled": False}}
-        response = await http.post("/v1/completions", json=body)
+        path, asked = json.loads(key)
+        body = {**asked, "speculation": {"enabled": False}}
+        response = await http.post(path, json=body)
         if response.status_code != 200:
             tally.faults.append(f"status {response.status_code} for {body}: {response.text[:200]}")
             continue
-        plain = response.json()["choices"][0]["text"]
+        plain = _text(response.json())
         if texts != {plain}:
             tally.faults.append(f"not the text of plain decoding, {plain!r}, but {texts - {plain}} for {key}")
 

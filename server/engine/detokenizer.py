@@ -17,12 +17,14 @@ class Detokenizer:
         self._text = ""
         self._shown = 0
 
-    def add(self, token_id: int, may_stop: bool) -> tuple[str, str | None]:
+    def add(self, token_id: int, may_stop: bool, ends: bool) -> tuple[str, str | None]:
         """Add one token; return the text it completed, and the stop string it completed, if any.
 
-        ``may_stop`` False (fewer than min_tokens yet) looks for no stop string.
+        ``may_stop`` False (fewer than min_tokens yet) looks for no stop string. ``ends``: this is a stop token, shown as stop strings are.
         """
         piece = self._stream.step(self._tokenizer, token_id) or ""
+        if ends and not self._include_stop:
+            return piece, None
         before = len(self._text)
         self._text += piece
         if piece and may_stop:

@@ -136,7 +136,7 @@ class Request:
                 self.output_counts[token] += 1
             if self.matcher is not None:
                 self.matcher.advance(token)
-            piece, stop = self.detokenizer.add(token, self.num_output >= self.params.min_tokens)
+            piece, stop = self.detokenizer.add(token, self.num_output >= self.params.min_tokens, token in self.params.stop_token_ids)
             output.token_ids.append(token)
             output.token_texts.append(piece)
             if output.logprobs is not None and logprobs is not None:

@@ -153,7 +153,7 @@ def http(server: Server) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="session")
 def guarded(pair: list[str]) -> Iterator[Server]:
     """A server with keys, and clients that have little time."""
-    options = ["--client-timeout", "1", "--max-logprobs", "200", "--cors-origin", "https://pages.example", "--kv-cache-memory", "72KiB"]
+    options = ["--client-timeout", "1", "--max-logprobs", "200", "--cors-origin", "https://pages.example", "--kv-cache-memory", "310KiB"]
     with serving(*pair, *options, VSD_API_KEY="First,Second key") as server:
         yield server
     log = "".join(server.log)

@@ -43,12 +43,9 @@ def text_of(response: httpx.Response) -> str:
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/tokenize", "/detokenize"])
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"[" * 10_000, b'{"a":' * 10_000, b"\xff", b"null", b"[]", b'"x"'],
-    ids=["empty", "broken", "deep list", "deep object", "no UTF-8", "null", "list", "text"],
-)  # fmt: skip
-def test_bodies_that_are_no_request(keyed: httpx.Client, path: str, content: bytes) -> None:
-    check_refusal(keyed.post(path, content=content, headers=JSON), 400)
+def test_bodies_that_are_no_request(keyed: httpx.Client, path: str) -> None:
+    for content in (b"", b"{", b"[" * 10_000, b'{"a":' * 10_000, b"\xff", b"null", b"[]", b'"x"'):
+        check_refusal(keyed.post(path, content=content, headers=JSON), 400)
     check_refusal(keyed.post(path, content=b'{"prompt": "x"}', headers={"content-type": "text/plain"}), 400)
 
 
@@ -165,7 +162,9 @@ def test_an_end_inside_an_accepted_block(keyed: httpx.Client, path: str, end: di
     answers = []
     for speculation in (True, False):
         fields = {"max_tokens": 64, "temperature": 0, **SPELLED, **end, **logprobs, "speculation": {"enabled": speculation}}
-        answer = post(keyed, path, fields).json()
+        response = post(keyed, path, fields)
+        assert response.status_code == 200, response.text
+        answer = response.json()
         (choice,) = answer["choices"]
         text = choice["message"]["content"] if path == CHAT else choice["text"]
         tokens = choice["logprobs"]["content"] if path == CHAT else choice["logprobs"]["tokens"]
@@ -187,7 +186,7 @@ BOMBS: dict[str, tuple[str, dict]] = {
     "left recursion": ("structured_outputs", {"grammar": 'start: start start start | "a" | '}),
     "circle": ("response_format", {"$ref": "#"}),
     "items": ("response_format", {"type": "array", "items": {"type": "array", "minItems": 10**5}, "minItems": 10**6}),
-    "properties": ("response_format", {"type": "object", "required": [f"p{i}" for i in range(20_000)]}),
+    "properties": ("response_format", {"type": "object", "required": [f"p{i}" for i in range(3000)]}),
     "depth": ("response_format", json.loads('{"items": ' * 400 + "{}" + "}" * 400)),
     "references": (
         "response_format",
@@ -283,6 +282,6 @@ def test_a_client_that_leaves_without_a_word(keyed: httpx.Client, guarded: Serve
                 neighbour = pool.submit(post, keyed, COMPLETIONS, {"max_tokens": 48, "temperature": 0})
                 client.settimeout(delay or 1e-6)
                 with pytest.raises(TimeoutError):
-                    client.recv(1)
+                    pytest.fail(client.recv(300).decode())
             assert text_of(neighbour.result()) == alone
     wait_until(lambda: 'outcome="abort"}' in keyed.get("/metrics").text)

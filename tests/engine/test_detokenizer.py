@@ -17,7 +17,7 @@ def stream(
     detokenizer = Detokenizer(TOKENIZER.backend_tokenizer, list(prompt), stop, include)
     pieces, shown = [], []
     for i, token in enumerate(tokens):
-        piece, stopped = detokenizer.add(token, i + 1 >= min_tokens)
+        piece, stopped = detokenizer.add(token, i + 1 >= min_tokens, ends=False)
         pieces.append(piece)
         shown.append(detokenizer.show(finished=stopped is not None or i + 1 == len(tokens)))
         if stopped is not None:
@@ -51,6 +51,14 @@ def test_invalid_bytes_become_what_decoding_at_once_makes_of_them(tokens: list[i
     tokens = [*tokens, *b" end"]
     pieces, _, _ = stream(tokens)
     assert "".join(pieces) == bytes(tokens).decode(errors="replace")
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_is_shown_as_stop_strings_are(include: bool) -> None:
+    detokenizer = Detokenizer(TOKENIZER.backend_tokenizer, [], ("ab",), include)
+    assert detokenizer.add(97, True, ends=False) == ("a", None)
+    assert detokenizer.add(98, True, ends=True)[0] == "b"
+    assert detokenizer.show(finished=True) == ("ab" if include else "a")
 
 
 def test_special_tokens_have_no_text() -> None:
