@@ -47,8 +47,8 @@ ANIMAL = {
     "required": ["animal", "legs"], "additionalProperties": False,
 }  # fmt: skip
 FORMS: tuple[dict[str, Any], ...] = (
-    {}, {"structured_outputs": {"regex": "[a-z]{3,9}( [a-z]{2,9}){3}"}}, {"structured_outputs": {"choice": ["seven apples", "seven pears"]}},
-    {"response_format": {"type": "json_object"}},
+    {}, {"response_format": {"type": "json_object"}}, {"structured_outputs": {"choice": ["seven apples", "seven pears"]}},
+    {"structured_outputs": {"regex": "[a-z]{3,9}( [a-z]{2,9}){3}"}},
     {"response_format": {"type": "json_schema", "json_schema": {"name": "animal", "schema": ANIMAL}}},
 )  # fmt: skip
 TOOLS = {"tools": [{"type": "function", "function": {"name": "count", "parameters": ANIMAL}}], "tool_choice": "required"}
