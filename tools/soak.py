@@ -9,6 +9,7 @@ Prints one line of JSON; the status is 1 when anything was wrong.
 import argparse
 import asyncio
 import json
+import math
 import random
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import httpx
+from tqdm.asyncio import tqdm
 
 from tools.bench.http import free_port
 
@@ -159,7 +161,7 @@ async def soak(url: str, process: int, seconds: float, concurrency: int, seed: i
     tally, draws = Tally(), random.Random(seed)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=httpx.Limits(max_connections=None)) as http:
         deadline = time.monotonic() + seconds
-        sampler = asyncio.create_task(_watch_memory(process, tally))
+        sampler = asyncio.create_task(_watch_memory(process, seconds, tally))
         await asyncio.gather(*(Clients(http, tally, draws).run(deadline) for _ in range(concurrency)))
         sampler.cancel()
         await _check_rest(http, tally)
@@ -170,8 +172,8 @@ async def soak(url: str, process: int, seconds: float, concurrency: int, seed: i
     return tally
 
 
-async def _watch_memory(process: int, tally: Tally) -> None:
-    while True:
+async def _watch_memory(process: int, seconds: float, tally: Tally) -> None:
+    for _ in tqdm(range(math.ceil(seconds)), desc="soak", unit="s", disable=None):
         status = Path(f"/proc/{process}/status").read_text()
         tally.memory.append(int(status.split("VmRSS:")[1].split()[0]) // 1024)
         await asyncio.sleep(1)
@@ -204,16 +206,19 @@ async def _check_rows(http: httpx.AsyncClient, tally: Tally) -> None:
 
 
 async def _check_greedy(http: httpx.AsyncClient, tally: Tally) -> None:
-    for key, texts in tally.greedy.items():
+    places = asyncio.Semaphore(ROWS)
+
+    async def check(key: str, texts: set[str]) -> None:
         path, asked = json.loads(key)
         body = {**asked, "speculation": {"enabled": False}}
-        response = await http.post(path, json=body)
+        async with places:
+            response = await http.post(path, json=body)
         if response.status_code != 200:
             tally.faults.append(f"status {response.status_code} for {body}: {response.text[:200]}")
-            continue
-        plain = _text(response.json())
-        if texts != {plain}:
+        elif texts != {plain := _text(response.json())}:
             tally.faults.append(f"not the text of plain decoding, {plain!r}, but {texts - {plain}} for {key}")
+
+    await tqdm.gather(*(check(key, texts) for key, texts in tally.greedy.items()), desc="plain decoding", unit="answer", disable=None)
 
 
 def _check_memory(tally: Tally) -> None:

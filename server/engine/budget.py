@@ -18,6 +18,7 @@ PROBE = 16  # steps after which one of the requests that do not draft does so, t
 MAX_PROBE = 64  # and at most, since every try that is of no use doubles them
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
+MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
 _COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
 _OWN, _SHARED = 0.16, 0.05  # weight of what is new in a request's estimate, and in its class's
@@ -25,15 +26,19 @@ _FADING = 0.005  # of an idle request's own estimate, per step, towards its clas
 
 
 class StepCost(NamedTuple):
-    """Seconds of a step at one batch size: ``plain``, or ``base`` + ``level`` for each level but the first + ``node`` for each node."""
+    """Seconds of a step at one batch size: ``plain``, or ``base`` + ``level`` for each level but the first + ``node`` for each node.
+
+    ``row``: for each row but the first that a request's draft cache is behind, which is a row per committed token.
+    """
 
     plain: float
     base: float
     level: float
     node: float
+    row: float = 0.0
 
     def tree(self, levels: int, nodes: int) -> float:
-        """Seconds of a step whose trees were grown by ``levels`` levels and verified with ``nodes`` nodes."""
+        """Seconds of a step whose trees were grown by ``levels`` levels and verified with ``nodes`` nodes, the draft cache a row behind."""
         return self.base + self.level * (levels - 1) + self.node * nodes
 
 
@@ -83,10 +88,11 @@ class LoadRule:
         cost = self.costs[self._measured(batch)]
         able = sorted((r for r in requests if r.max_draft_nodes > 0), key=self._worth_of, reverse=True)
         best, speed = 0, (STOP_GAIN if self._drafting else START_GAIN) * batch / cost.plain
-        expected = float(batch)
+        expected, rows = float(batch), 0.0
         for count, request in enumerate(able, 1):
             expected += min(self._worth_of(request), self._sizes[self._measured(count)].nodes)
-            faster = expected / self._seconds(batch, count)
+            rows += self._rows(request)
+            faster = expected / self._seconds(batch, count, rows)
             if faster > speed:
                 best, speed = count, faster
         self._drafting = best > 0
@@ -129,11 +135,19 @@ class LoadRule:
     def _shared_worth(self, request: Request) -> float:
         return self._worth.get(request.warmth, self._first_worth * (1 - _COOLING * request.warmth))
 
-    def _seconds(self, batch: int, drafting: int) -> float:
-        """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of the usual size."""
+    def _rows(self, request: Request) -> float:
+        """Rows that a step brings into the request's draft cache, if it drafts from now on: those of the tokens that it accepts, and its
+        share of all that the cache is behind, which must pay until the request ends.
+        """
+        worth, params = self._worth_of(request), request.params
+        steps = max(1.0, (params.max_tokens - request.num_output) / (1 + worth))
+        return worth + max(0, request.num_pending - self.shape.nodes) / steps
+
+    def _seconds(self, batch: int, drafting: int, rows: float) -> float:
+        """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of the usual size; ``rows``: see ``_rows``, of all."""
         measured = self._measured(drafting)
         own, size, cost = self.costs[measured], self._sizes[measured], self.costs[self._measured(batch)]
-        draft = max(0.0, own.base - own.plain) + own.level * max(0.0, size.levels - 1)
+        draft = max(0.0, own.tree(1, 1) - own.plain) + own.level * max(0.0, size.levels - 1) + own.row * rows
         return cost.plain + draft + cost.node / batch * size.nodes * drafting
 
     def _measured(self, batch: int) -> int:
@@ -170,39 +184,40 @@ def default_acceptance(nodes: int) -> dict[int, float]:
     return {n: 1 + _UNKNOWN_GAIN_PER_DOUBLING * math.log2(n) for n in powers_of_two(nodes)}
 
 
-def measure_costs(run: Callable[[int, TreeShape], float], shape: TreeShape, max_batch: int) -> dict[int, StepCost]:
-    """Time steps at batch sizes 1, 2, 4, ...; ``run(batch, shape)`` does one and returns its seconds.
+def measure_costs(
+    run: Callable[[int, TreeShape], float], sync: Callable[[int, int], float], shape: TreeShape, max_batch: int
+) -> dict[int, StepCost]:
+    """Time steps at batch sizes 1, 2, 4, ...; ``run(batch, shape)`` does one with the draft cache up to date, and returns its seconds;
+    ``sync(batch, rows)`` brings it up to date after so many rows of every request.
 
     Four kinds of step tell the parts of the cost: plain, one level with one drafted node, all levels with one, all levels with all
-    nodes. They take turns, so that another program's burst of work hits them all, and the best of a few turns counts. Once
-    MEASURING_SECONDS are spent, larger batches are taken to decode plainly.
+    nodes; and two numbers of rows. They take turns, so that another program's burst of work hits them all, and the best of a few turns
+    counts. Once MEASURING_SECONDS are spent, larger batches are taken to decode plainly.
     """
     slim = shape._replace(nodes=2)
     kinds = (shape.shrunk(1), slim._replace(depth=1), slim, shape)
     costs: dict[int, StepCost] = {}
     spent = 0.0
     for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
-        best, until = [math.inf] * len(kinds), spent + TURN_SECONDS
+        best, until = [math.inf] * (len(kinds) + 2), spent + TURN_SECONDS
         if spent > MEASURING_SECONDS:
             costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=1e9)
             continue
         for _ in range(MAX_TURNS):
-            for i, kind in enumerate(kinds):
-                taken = run(batch, kind)
-                spent += taken
-                best[i] = min(best[i], taken)
+            turn = [*(run(batch, kind) for kind in kinds), *(sync(batch, rows) for rows in (1, MEASURED_ROWS))]
+            best, spent = list(map(min, best, turn)), spent + sum(turn)
             if spent > until:
                 break
-        costs[batch] = _parts(best, shape)
+        costs[batch] = _parts(best, shape, batch)
     return costs
 
 
-def _parts(seconds: list[float], shape: TreeShape) -> StepCost:
-    """The cost's parts from the four kinds of ``measure_costs``."""
-    plain, one_level, all_levels, all_nodes = seconds
+def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:
+    """The cost's parts from what ``measure_costs`` timed."""
+    plain, one_level, all_levels, all_nodes, row, rows = seconds
     node = max(0.0, all_nodes - all_levels) / max(1, shape.nodes - 2)
     level = max(0.0, all_levels - one_level) / max(1, shape.depth - 1)
-    return StepCost(plain, one_level - 2 * node, level, node)
+    return StepCost(plain, one_level + row - 2 * node, level, node, max(0.0, rows - row) / (MEASURED_ROWS - 1) / batch)
 
 
 def _interpolate(points: Mapping[int, float], x: int) -> float:

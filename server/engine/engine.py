@@ -243,9 +243,13 @@ class Engine:
                     self.add_request(next(names), prompt, params)
                 while self.step()[1].prompt_tokens:
                     pass
+            self.proposer.sync_draft(self.scheduler.decoding())
             return self.step()[1].seconds
 
-        costs = measure_costs(run, full, max_batch)
+        def sync(batch: int, rows: int) -> float:
+            return self.proposer.sync_seconds(self.scheduler.decoding(), rows)
+
+        costs = measure_costs(run, sync, full, max_batch)
         self.shape = full
         for request_id, request in list(self._requests.items()):
             if request in self.scheduler.running:  # all are, unless the cache is too small for them

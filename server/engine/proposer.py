@@ -1,6 +1,7 @@
 """The draft side of a step: what is proposed to verification, by the head and by n-grams, and the head's cache kept true."""
 
 import logging
+import time
 
 import torch
 from torch import Tensor
@@ -69,6 +70,20 @@ class Proposer:
         for request, n in zip(behind, counts, strict=True):
             request.draft_len += n
             request.pending.clear()
+
+    def sync_seconds(self, requests: list[Request], rows: int) -> float:
+        """How long it takes when each request is so many rows behind; nothing true is left of them in its draft cache."""
+        if self.drafter is None:
+            return 0.0
+        self.sync_draft(requests)
+        for request in requests:
+            behind = min(rows, request.draft_len)
+            request.draft_len -= behind
+            request.pending.append(torch.zeros(behind, self.drafter.head.fc.in_features, device=self.device))
+        start = time.perf_counter()
+        self.sync_draft(requests)
+        self.drafter.state[0].tolist()  # wait for the device
+        return time.perf_counter() - start
 
     def complete_draft_blocks(self, request: Request) -> None:
         """Before a request leaves: bring its draft cache up to date if that fills a block."""

@@ -75,7 +75,7 @@ def test_prices_are_what_the_time_would_bring_otherwise() -> None:
     requests = crowd(4)
     tokens = 4 + sum(rule._worth_of(r) for r in requests)
     shape = rule.choose(requests).shape
-    tokens_per_second = tokens / rule._seconds(4, 4)
+    tokens_per_second = tokens / rule._seconds(4, 4, sum(map(rule._rows, requests)))
     assert shape.level_price == pytest.approx(tokens_per_second * 0.004)
     assert shape.node_price == pytest.approx(tokens_per_second * 0.001 / 4)
 
@@ -86,9 +86,24 @@ def test_a_step_costs_what_its_drafting_requests_cost() -> None:
     for measured, drafting in ((1, 1), (8, 5)):
         levels, nodes = rule._sizes[measured]
         own = costs[measured]
-        expected = 2.0 + (own.base - own.plain) + own.level * (levels - 1) + 0.16 / 8 * nodes * drafting
-        assert rule._seconds(8, drafting) == pytest.approx(expected)
-    assert rule._seconds(8, 8) == pytest.approx(costs[8].tree(rule._sizes[8].levels, rule._sizes[8].nodes))
+        expected = 2.0 + (own.tree(1, 1) - own.plain) + own.level * (levels - 1) + 0.16 / 8 * nodes * drafting
+        assert rule._seconds(8, drafting, 0) == pytest.approx(expected)
+    assert rule._seconds(8, 8, 0) == pytest.approx(costs[8].tree(rule._sizes[8].levels, 1 + rule._sizes[8].nodes))
+
+
+def test_a_draft_cache_that_is_far_behind_must_pay_until_the_request_ends() -> None:
+    rule = LoadRule(SHAPE, {1: StepCost(1.0, 1.1, 0.0, 0.01, row=0.01)}, ACCEPTANCE)
+
+    def drafts(behind: int, left: int) -> bool:
+        late = request("x")
+        late.worth, late.context_len = 0.5, behind
+        late.token_ids += [0] * (100 - left)
+        return bool(rule.choose([late]).drafting)
+
+    assert drafts(10, 100)
+    assert drafts(10, 2)
+    assert drafts(500, 100)
+    assert not drafts(500, 10)
 
 
 def test_hard_requests_do_not_draft_and_easy_ones_do() -> None:
@@ -121,7 +136,7 @@ def test_who_drafts_goes_on_where_nobody_would_begin() -> None:
     assert play(rule, requests, lambda _: 3, 5) == [["0"]] * 5
 
     def drafts_at(gain: float) -> bool:
-        requests[0].worth = rule._seconds(1, 1) * gain - 1
+        requests[0].worth = rule._seconds(1, 1, 0) * gain - 1
         return bool(rule.choose(requests).drafting)
 
     between = (budget.START_GAIN + budget.STOP_GAIN) / 2
@@ -228,6 +243,10 @@ def true_cost(batch: int, shape: TreeShape) -> float:
     return 1e-3 * (1 if shape.nodes == 1 else 1.2 + 0.3 * (shape.depth - 1) + 0.01 * batch * shape.nodes)
 
 
+def true_sync(batch: int, rows: int) -> float:
+    return 1e-3 * (0.1 + 0.02 * batch * rows)
+
+
 def test_measuring_finds_the_parts_of_the_cost() -> None:
     ran: list[tuple[int, TreeShape]] = []
 
@@ -235,20 +254,20 @@ def test_measuring_finds_the_parts_of_the_cost() -> None:
         ran.append((batch, shape))
         return true_cost(batch, shape)
 
-    costs = measure_costs(run, SHAPE, 6)
+    costs = measure_costs(run, true_sync, SHAPE, 6)
     assert sorted(costs) == [1, 2, 4, 6]
     for batch, cost in costs.items():
-        assert cost == pytest.approx(StepCost(1e-3, 1.2e-3, 0.3e-3, 0.01e-3 * batch))
-        assert cost.tree(3, 8) == pytest.approx(true_cost(batch, TreeShape(8, 3, 4)))
+        assert cost == pytest.approx(StepCost(1e-3, 1.2e-3 + true_sync(batch, 1), 0.3e-3, 0.01e-3 * batch, 0.02e-3))
+        assert cost.tree(3, 8) == pytest.approx(true_cost(batch, TreeShape(8, 3, 4)) + true_sync(batch, 1))
     assert all(ran.count((1, shape)) == budget.MAX_TURNS for _, shape in ran)
     assert all(shape.lookahead <= SHAPE.lookahead for _, shape in ran)
 
 
 @pytest.mark.parametrize("shape", [TreeShape(2, 1, 1), TreeShape(2, 5, 6), TreeShape(64, 1, 8)])
 def test_measuring_shapes_with_a_part_missing(shape: TreeShape) -> None:
-    cost = measure_costs(true_cost, shape, 1)[1]
-    assert cost.tree(shape.depth, shape.nodes) == pytest.approx(true_cost(1, shape))
-    assert cost.tree(1, 2) == pytest.approx(true_cost(1, shape._replace(nodes=2, depth=1)))
+    cost = measure_costs(true_cost, true_sync, shape, 1)[1]
+    assert cost.tree(shape.depth, shape.nodes) == pytest.approx(true_cost(1, shape) + true_sync(1, 1))
+    assert cost.tree(1, 2) == pytest.approx(true_cost(1, shape._replace(nodes=2, depth=1)) + true_sync(1, 1))
 
 
 def test_a_burst_of_other_work_hits_no_single_kind_of_step() -> None:
@@ -259,12 +278,12 @@ def test_a_burst_of_other_work_hits_no_single_kind_of_step() -> None:
         steps += 1
         return true_cost(batch, shape) * (50 if 3 <= steps <= 7 else 1)
 
-    assert measure_costs(run, SHAPE, 1) == measure_costs(true_cost, SHAPE, 1)
+    assert measure_costs(run, true_sync, SHAPE, 1) == measure_costs(true_cost, true_sync, SHAPE, 1)
 
 
 def test_measuring_ends_and_larger_batches_then_decode_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "MEASURING_SECONDS", 0.005)
-    costs = measure_costs(true_cost, SHAPE, 32)
+    costs = measure_costs(true_cost, true_sync, SHAPE, 32)
     assert costs[1].base < 1 < costs[32].base
     rule = LoadRule(SHAPE, costs, ACCEPTANCE)
     assert not any(play(rule, crowd(32), lambda _: 5, budget.PROBE - 1))
