@@ -2,8 +2,10 @@
 
 import math
 from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from statistics import median
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -16,6 +18,10 @@ STOP_GAIN = 1.0  # and below which they stop: a run of bad luck is not yet a rea
 OPTIMISM = 1.15  # of the first estimate: it knows fixed trees alone, and a rule that never drafts never learns
 PROBE = 16  # steps after which one of the requests that do not draft does so, to see whether it has become worth while,
 MAX_PROBE = 64  # and at most, since every try that is of no use doubles them
+TRIES, TRYING = 12, 8  # drafts of a class until its estimate is trusted, by one in so many of a step's requests
+CHECK = 64  # drafting steps of which one decodes plainly, to compare them
+NEIGHBOURS, ENOUGH = 9, 5  # steps of the other kind that a step is compared with, and how many of them must be at hand
+_LEARNING, _LARGEST = 0.3, 0.5  # weight of a comparison, and the most that it may say, as a logarithm: single steps are noisy
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
 MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
@@ -44,11 +50,16 @@ class StepCost(NamedTuple):
 
 @dataclass
 class Plan:
-    """What one step may draft, for whom, and what became of it: (request, drafted nodes, accepted nodes) of those that had a tree."""
+    """What one step may draft, for whom, and what became of it: (request, drafted nodes, accepted nodes) of those that had a tree.
+
+    ``kind``: batch size that stands for the step's, and whether most requests draft; None: the step says nothing of its kind's cost.
+    """
 
     shape: TreeShape
     drafting: list[Request]
     gain: float = 1.0  # tokens per second over those of plain decoding, as expected
+    seconds: float = 0.0  # that the step should take
+    kind: tuple[int, bool] | None = None
     levels: int = 0
     drafts: list[tuple[Request, int, int]] = field(default_factory=list)
 
@@ -67,7 +78,8 @@ class LoadRule:
     of a step, what it costs with m of n requests drafting. Those m requests draft that make the most tokens per second of the whole
     batch; at a load that leaves no room nobody does, and nothing is computed for it, but for one request every PROBE steps.
     Within a tree, time has the price of the tokens that the batch commits in it as things go: a level or a node that is expected to bring
-    less is left out. Costs are modelled and not clocked, so that other programs' bursts do not disturb them.
+    less is left out. Costs are modelled. Clocks correct the model in one point, what drafting steps cost beside plain ones: whenever a step
+    follows several of the other kind, their seconds are compared, so that what slows the machine as a whole says nothing.
 
     ``costs``: by batch size; ``acceptance``: tokens per verification by number of nodes of a fixed tree, where the estimates begin.
     """
@@ -79,28 +91,51 @@ class LoadRule:
         self._sizes = {batch: _Size(tree.depth, tree.nodes - 1) for batch, tree in first.items()}
         self._first_worth = OPTIMISM * _interpolate(acceptance, first[min(first)].nodes) - 1
         self._worth: dict[int, float] = {}  # accepted tokens per drafting step, by class
+        self._tries: Counter[int] = Counter()  # drafts seen, by class
         self._interval, self._since_probe = PROBE, 0
-        self._drafting = False  # in the last step, since it was expected to pay
+        self._drafting = 0  # steps in a row, since it was expected to pay
+        self._bias: dict[tuple[int, bool], float] = {}  # logarithm of what a kind of step takes over what the model says
+        self._recent: deque[tuple[tuple[int, bool], float]] = deque(maxlen=NEIGHBOURS)  # the same of single steps
 
     def choose(self, requests: list[Request]) -> Plan:
         """Who of the step's requests drafts, with the largest tree and its prices."""
-        batch = len(requests)
-        cost = self.costs[self._measured(batch)]
+        batch, size = len(requests), self._measured(len(requests))
         able = sorted((r for r in requests if r.max_draft_nodes > 0), key=self._worth_of, reverse=True)
-        best, speed = 0, (STOP_GAIN if self._drafting else START_GAIN) * batch / cost.plain
-        expected, rows = float(batch), 0.0
+        plain = self.costs[size].plain * self._bias_of(size, False)
+        best, speed = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * batch / plain)
+        speed = speed if best else batch / plain
+        gain = speed * plain / batch
+        self._drafting = self._drafting + 1 if best else 0
+        check = self._drafting % CHECK == CHECK - 1
+        chosen = [] if check else self._trusted(able[:best], batch) + self._probe(able[best:])
+        seconds, level = plain, 0.0
+        if chosen:
+            seconds = self._seconds(batch, len(chosen), sum(r.num_pending - 1 for r in chosen)) * self._bias_of(size, True)
+            level = self.costs[self._measured(len(chosen))].level
+        shape = self.shape._replace(level_price=speed * level, node_price=speed * self.costs[size].node / batch)
+        kind = (size, bool(chosen)) if not chosen or 2 * len(chosen) > batch else None
+        return Plan(shape, chosen, gain, seconds, kind)
+
+    def _best(self, able: list[Request], batch: int, speed: float) -> tuple[int, float]:
+        """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
+        best, expected, rows = 0, float(batch), 0.0
+        slower = self._bias_of(self._measured(batch), True)
         for count, request in enumerate(able, 1):
             expected += min(self._worth_of(request), self._sizes[self._measured(count)].nodes)
             rows += self._rows(request)
-            faster = expected / self._seconds(batch, count, rows)
+            faster = expected / (self._seconds(batch, count, rows) * slower)
             if faster > speed:
                 best, speed = count, faster
-        self._drafting = best > 0
-        chosen = able[:best] + self._probe(able[best:])
-        speed = max(speed if best else 0.0, batch / cost.plain)
-        level = self.costs[self._measured(len(chosen))].level if chosen else 0.0
-        shape = self.shape._replace(level_price=speed * level, node_price=speed * cost.node / batch)
-        return Plan(shape, chosen, speed * cost.plain / batch)
+        return best, speed
+
+    def _trusted(self, chosen: list[Request], batch: int) -> list[Request]:
+        """Of a class that is hardly known a few alone, since a request's first draft costs its prompt."""
+        kept, of_class = [], Counter[int]()
+        for request in chosen:
+            of_class[request.warmth] += 1
+            if self._tries[request.warmth] >= TRIES or of_class[request.warmth] <= max(1, batch // TRYING):
+                kept.append(request)
+        return kept
 
     def _probe(self, idle: list[Request]) -> list[Request]:
         """The request that drafts all the same, now and then: the one whose draft cache is the least behind."""
@@ -115,19 +150,34 @@ class LoadRule:
         self._interval, self._since_probe = min(2 * self._interval, MAX_PROBE), 0
         return [min(idle, key=lambda request: request.num_pending)]
 
-    def observe(self, plan: Plan) -> None:
-        """Learn from a step."""
+    def observe(self, plan: Plan, seconds: float | None) -> None:
+        """Learn from a step; ``seconds`` None where it had other work as well."""
+        if seconds is not None and plan.kind is not None:
+            self._compare(plan.kind, math.log(seconds / plan.seconds))
         if not plan.drafting:
             return
         accepted = {id(request): accepted for request, _, accepted in plan.drafts}
         for request in plan.drafting:
             value = accepted.get(id(request), 0)
             shared = self._shared_worth(request)
+            self._tries[request.warmth] += 1
             request.worth = self._worth_of(request) + (value - self._worth_of(request)) * _OWN
             self._worth[request.warmth] = shared + (value - shared) * _SHARED
         measured = self._measured(len(plan.drafting))
         size, nodes = self._sizes[measured], sum(drafted for _, drafted, _ in plan.drafts) / len(plan.drafting)
         self._sizes[measured] = _Size(size.levels + (plan.levels - size.levels) * _SHARED, size.nodes + (nodes - size.nodes) * _SHARED)
+
+    def _bias_of(self, size: int, drafting: bool) -> float:
+        """What such steps take over what the model says."""
+        return math.exp(self._bias.get((size, drafting), 0.0))
+
+    def _compare(self, kind: tuple[int, bool], said: float) -> None:
+        """Learn from what a step took over what it should have, as a logarithm."""
+        others = [other for (size, drafting), other in self._recent if size == kind[0] and drafting != kind[1]]
+        if len(others) >= ENOUGH:
+            surprise = min(max(said - median(others), -_LARGEST), _LARGEST)
+            self._bias[kind] = self._bias.get(kind, 0.0) + surprise * _LEARNING
+        self._recent.append((kind, said))
 
     def _worth_of(self, request: Request) -> float:
         return self._shared_worth(request) if request.worth is None else request.worth

@@ -145,7 +145,7 @@ class Engine:
         run = partial(self.steps.run, width=width, plan=plan, stats=stats)
         outputs = self._guarded(run, prefilling + decoding, stats)
         if self.load_rule:
-            self.load_rule.observe(plan)
+            self.load_rule.observe(plan, None if stats.prompt_tokens else time.monotonic() - start)
         self._bound_pending(stats)
         stats.failed_drafts, self.proposer.failed = stats.failed_drafts + self.proposer.failed, 0
         stats.drafting, stats.expected_gain = len(plan.drafting), plan.gain

@@ -1,6 +1,7 @@
 """The load rule: less drafting under load, none where it does not pay, and it learns."""
 
 import itertools
+import random
 from collections import Counter as Tally
 from collections.abc import Callable
 
@@ -46,15 +47,18 @@ def crowd(count: int, temperature: float = 0.0) -> list[Request]:
     return [request(str(i), temperature) for i in range(count)]
 
 
-def play(rule: LoadRule, requests: list[Request], accepted: Callable[[Request], int], steps: int) -> list[list[str]]:
-    """Who drafted in each of ``steps`` steps, where a request's draft of 8 nodes has so many accepted."""
+def play(
+    rule: LoadRule, requests: list[Request], accepted: Callable[[Request], int], steps: int,
+    clock: Callable[[int, bool], float | None] = lambda step, drafting: None,
+) -> list[list[str]]:  # fmt: skip
+    """Who drafted in each of ``steps`` steps; drafts have 8 nodes, of which so many are accepted, and ``clock`` tells the seconds."""
     history = []
-    for _ in range(steps):
+    for step in range(steps):
         plan = rule.choose(requests)
         history.append(sorted(r.request_id for r in plan.drafting))
         plan.levels = 3
         plan.drafts = [(r, 8, accepted(r)) for r in plan.drafting]
-        rule.observe(plan)
+        rule.observe(plan, clock(step, bool(plan.drafting)))
     return history
 
 
@@ -153,6 +157,33 @@ def test_useless_tries_become_rare() -> None:
     gaps = [after - before for before, after in itertools.pairwise(tries)]
     assert all(len(history[i]) == 1 for i in tries[3:]), "one request at a time"
     assert max(gaps) == gaps[-1] == budget.MAX_PROBE
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_clocks_find_that_drafting_costs_more_than_the_model_says(batch: int) -> None:
+    rule = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE)
+    history = play(rule, crowd(batch), lambda _: 2, 1000, lambda _, drafting: 4.0 if drafting else 1.0)
+    assert sum(map(bool, history[:60])) > 50
+    assert sum(map(bool, history[700:])) < 30
+
+
+def test_clocks_find_that_drafting_costs_less_than_the_model_says() -> None:
+    rule = LoadRule(SHAPE, {1: StepCost(1.0, 4.0, 0.1, 0.02)}, ACCEPTANCE)
+    history = play(rule, crowd(1), lambda _: 2, 1500, lambda _, drafting: 1.3 if drafting else 1.0)
+    assert sum(map(bool, history[:60])) < 20
+    assert sum(map(bool, history[1200:])) > 290
+
+
+def test_what_slows_the_whole_machine_changes_nothing() -> None:
+    rule, rng = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE), random.Random(1)
+    bursts = [rng.choice((1, 1, 2, 3)) for _ in range(40)]
+
+    def clock(step: int, drafting: bool) -> float:
+        seconds = (1 + 2 * 0.05 + 0.02 * 9 if drafting else 1.0) * bursts[step // 50]
+        return seconds * rng.uniform(0.9, 1.3) * (3 if rng.random() < 0.02 else 1)
+
+    history = play(rule, crowd(1), lambda _: 2, 2000, clock)
+    assert sum(map(bool, history)) > 1900
 
 
 def test_what_the_warm_accept_says_nothing_about_the_cold() -> None:

@@ -9,15 +9,19 @@ ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ROOT / "benchmarks" / "prompts" / "gsm8k_test.jsonl"
 
 
-def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=EngineConfig.model, help="target: local directory or hub id (default: the demo target)")
     parser.add_argument("--draft", help="draft head (default: the demo head; needed with --model)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+
+
+def add_common(parser: argparse.ArgumentParser, rounds: int) -> None:
+    add_model(parser)
     parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="JSON lines with turns, messages or prompt")
     parser.add_argument("--limit", type=positive, default=8, metavar="N", help="prompts taken from the file (default %(default)s)")
     parser.add_argument("--max-tokens", type=positive, default=128, metavar="N", help="generated per prompt (default %(default)s)")
     parser.add_argument("--concurrency", type=counts, default=[1, 8], metavar="N,N", help="requests in flight (default 1,8)")
     parser.add_argument("--rounds", type=positive, default=rounds, metavar="N", help="measured rounds (default %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
 
 
 def complete_draft(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
