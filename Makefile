@@ -17,7 +17,7 @@ CLIENTS := build/clients/venv
 BENCH := build/bench/venv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench bench-http bench-peers soak gpu-check conformance conformance-clients conformance-heads clean
+.PHONY: help serve test lint bench bench-load bench-prefix bench-http bench-peers soak gpu-check conformance conformance-clients conformance-heads clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,12 @@ lint: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## the engine beside plain decoding and peers, in one run (ARGS="--limit 8 --concurrency 1,8 --temperature 0,1 ...")
 	$(PY) -m tools.bench $(ARGS)
+
+bench-load: $(VENV)/.dev ## speculation against plain decoding under a load that changes, step by step in turn (ARGS="--plot build/load.png ...")
+	$(PY) -m tools.bench.load $(ARGS)
+
+bench-prefix: $(VENV)/.dev ## time to the first token of a prompt that the prefix cache has
+	$(PY) -m tools.bench.prefix $(ARGS)
 
 bench-http: $(VENV)/.dev ## speculation against plain decoding, over HTTP, in one run (ARGS="--limit 8 --rounds 5 ...")
 	$(PY) -m tools.bench.http $(ARGS)

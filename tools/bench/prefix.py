@@ -42,7 +42,9 @@ def first_token(engine: Engine, name: str, prompt: list[int], max_tokens: int) -
 
 def measure(engine: Engine, prompts: Sequence[list[int]], max_tokens: int) -> Row:
     """Every prompt twice with the cache, and once without."""
-    first, repeated, same = [], [], True
+    first: list[float] = []
+    repeated: list[float] = []
+    same = True
     for i, prompt in enumerate(prompts):
         answers = []
         for times, turn in ((first, "first"), (repeated, "repeated")):
@@ -73,11 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokens, draws = min(args.tokens, engine.max_model_len - 16), random.Random(0)
     prompts = [[draws.randrange(engine.vocab_size // 2) for _ in range(tokens)] for _ in range(args.rounds)]
     row = measure(engine, prompts, 16)
-    print(
-        f"{row.prompt_tokens} prompt tokens: {row.first * 1e3:.1f} ms to the first token, {row.repeated * 1e3:.1f} ms when repeated: ",
-        end="",
-    )
-    print(f"{row.faster:.1f}x faster; answers {'do not ' if row.same_answers else ''}depend on the cache")
+    times = f"{row.first * 1e3:.1f} ms to the first token, {row.repeated * 1e3:.1f} ms when repeated, {row.faster:.1f}x faster"
+    print(f"{row.prompt_tokens} prompt tokens: {times}; answers {'do not ' if row.same_answers else ''}depend on the cache")
     if args.json:
         args.json.write_text(json.dumps(asdict(row), indent=2) + "\n", encoding="utf-8")
     return int(not row.same_answers)
