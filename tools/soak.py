@@ -250,10 +250,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         printed = log.read().decode(errors="replace")
     if "Traceback" in printed:
         tally.faults.append(f"a traceback in the log: {printed[printed.index('Traceback') :][:2000]}")
-    quarter = len(tally.memory) // 4
     report = {
         "seconds": args.seconds, "requests": dict(tally.counts), "greedy_requests_compared": len(tally.greedy),
-        "memory_mib": tally.memory[:: max(1, quarter)], "faults": len(tally.faults),
+        "memory_mib": tally.memory[:: max(1, len(tally.memory) // 10)], "faults": len(tally.faults),
     }  # fmt: skip
     print(json.dumps(report))
     for fault in tally.faults[:20]:
