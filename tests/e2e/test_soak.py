@@ -5,7 +5,7 @@ import pytest
 from tools.soak import main
 
 
-@pytest.mark.parametrize(("faults", "status"), [("", 0), ("prefill:raise:0.2", 1)])
+@pytest.mark.parametrize(("faults", "status"), [("", 0), ("prefill:raise:0.6", 1)])
 def test_soak(faults: str, status: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     if faults:
         monkeypatch.setenv("VSD_FAULTS", faults)
