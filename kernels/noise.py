@@ -29,16 +29,17 @@ def random_bits(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     c2 = c3 = torch.zeros_like(c0)
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIER[0], c2 * _MULTIPLIER[1]  # the low 64 bits are right even where int64 wraps
-        c0, c2 = ((product1 >> 32) & _MASK) ^ c1 ^ key0, ((product0 >> 32) & _MASK) ^ c3 ^ key1
-        c1, c3 = product1 & _MASK, product0 & _MASK
+        c0 = (product1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1).bitwise_xor_(key0)
+        c2 = (product0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3).bitwise_xor_(key1)
+        c1, c3 = product1.bitwise_and_(_MASK), product0.bitwise_and_(_MASK)
         key0, key1 = (key0 + _WEYL[0]) & _MASK, (key1 + _WEYL[1]) & _MASK
     return torch.stack((c0, c1, c2, c3), dim=2).flatten(1)[:, :vocab_size]
 
 
 def gumbel_noise_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """``gumbel_noise`` in plain PyTorch."""
-    uniform = (random_bits(seeds, positions, vocab_size).float() + 0.5) * 2.0**-32
-    return -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
+    uniform = random_bits(seeds, positions, vocab_size).float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    return uniform.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - uniform))
 
 
 @jit

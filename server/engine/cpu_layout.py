@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from drafts.eagle3 import Eagle3Head
 
 logger = logging.getLogger(__name__)
-PACKED_ENTRIES = 1 << 17  # of a matrix; calls of oneDNN cost 20 us more
+# Of a matrix; calls of oneDNN cost 10 to 20 us more, in which MKL multiplies a few rows by so much.
+PACKED_ENTRIES = 1 << (20 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 17)
 PACKED_ROWS = 8  # that the copies are made for
 
 

@@ -81,7 +81,7 @@ def _drawn(requests: list[Request], depths: int, vocab_size: int) -> Tensor:
     for request in requests:
         if not request.params.greedy:
             wanted = range(len(request.token_ids) // run, (len(request.token_ids) + depths - 1) // run + 1)
-            request.noise = {i: request.noise[i] for i in wanted if i in request.noise}
+            request.noise = {i: values for i, values in request.noise.items() if i >= wanted.start}
             missing += [(request, i) for i in wanted if i not in request.noise]
     if missing:
         seeds = torch.tensor([request.seed for request, _ in missing]).repeat_interleave(run)
@@ -96,5 +96,6 @@ def _drawn(requests: list[Request], depths: int, vocab_size: int) -> Tensor:
 def _next_rows(request: Request, depths: int, run: int) -> Tensor:
     """[depths, V], of the runs that ``_drawn`` left to the request."""
     first = len(request.token_ids)
-    pieces = [values[max(0, first - i * run) : first + depths - i * run] for i, values in sorted(request.noise.items())]
+    runs = range(first // run, (first + depths - 1) // run + 1)
+    pieces = [request.noise[i][max(0, first - i * run) : first + depths - i * run] for i in runs]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)

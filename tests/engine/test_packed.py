@@ -60,6 +60,7 @@ def test_a_part_of_a_matrix_is_not_packed_once_more(monkeypatch: pytest.MonkeyPa
 
 
 def test_small_matrices_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", 640 * 512)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(640, 512))
     monkeypatch.setattr(cpu_layout.os, "sysconf", lambda name: 4 * 640 * 512)
     pack_for_trees(model)
