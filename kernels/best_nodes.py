@@ -14,10 +14,11 @@ def best_nodes_reference(
     """``best_nodes`` in plain PyTorch."""
     ordered, order = scores.sort(dim=1, descending=True, stable=True)
     count = worthwhile_nodes(ordered, nodes, node_price)
-    kept = order[:, :count].sort(dim=1).values
+    drafted = scores.shape[1]
+    kept = order[:, :count].masked_fill(ordered[:, :count].isneginf(), drafted).sort(dim=1).values
+    alive, kept = kept < drafted, kept.clamp(max=drafted - 1)
     parents = parents.gather(1, kept)
     parent = torch.where(parents == 0, 0, torch.searchsorted(kept + 1, parents) + 1)
-    alive = scores.gather(1, kept) > float("-inf")
     root = roots[:, None]
     parent = torch.cat((torch.zeros_like(root), torch.where(alive, parent, 0)), dim=1)
     return torch.cat((root, torch.where(alive, tokens.gather(1, kept), -1)), dim=1), parent
@@ -51,15 +52,14 @@ def best_nodes_kernel(
             rival = tl.load(scores + b * drafted + other, mask=other < drafted, other=float("-inf"))[None, :]
             wins = (rival > score[:, None]) | ((rival == score[:, None]) & (other[None, :] < mine[:, None]))
             ahead += tl.sum(wins.to(tl.int32), 1)
-        stays = inside & (ahead < count)
+        stays = inside & (score > float("-inf")) & (ahead < count)
         place = before + tl.cumsum(stays.to(tl.int32))
         before += tl.sum(stays.to(tl.int32))
-        alive = score > float("-inf")
         here = stays[None, :] & (place[None, :] == node[:, None])
         own += tl.sum(tl.where(here, mine[None, :] + 1, 0), 1)
-        drawn = tl.load(tokens + b * drafted + mine, mask=inside & alive, other=-1)
+        drawn = tl.load(tokens + b * drafted + mine, mask=stays, other=-1)
         token += tl.sum(tl.where(here, drawn[None, :] + 1, 0), 1)
-        up = tl.load(parents + b * drafted + mine, mask=inside & alive, other=0)
+        up = tl.load(parents + b * drafted + mine, mask=stays, other=0)
         above += tl.sum(tl.where(here, up[None, :], 0), 1)
     matches = (own[None, :] == above[:, None]) & (own[None, :] > 0)
     parent = tl.sum(tl.where(matches, node[None, :], 0), 1)
@@ -86,8 +86,8 @@ def best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, n
 
     roots int64 [B]; scores float32 [B, M], -inf for nodes that cannot be; tokens int64 [B, M]; parents int64 [B, M]: a node's parent in
     the pool, counted from 1 on, 0 for the root; node_price: survival probability that the n-th best node of some request must have
-    for trees to have n of them, 0: N = min(nodes, M + 1). A kept node of score -inf is dead: token -1, parent 0. A child
-    never scores above its parent, and of equal scores the first stays: a kept node's parent is kept.
+    for trees to have n of them, 0: N = min(nodes, M + 1). Where a request has fewer, dead nodes come last: token -1, parent 0. A
+    child never scores above its parent, and of equal scores the first stays: a kept node's parent is kept.
     """
     best = best_nodes_triton if scores.is_cuda else best_nodes_reference
     return best(roots, scores, tokens, parents, nodes, node_price)

@@ -17,17 +17,17 @@ START_GAIN = 1.1  # expected speed-up over plain decoding from which on requests
 STOP_GAIN = 1.0  # and below which they stop: a run of bad luck is not yet a reason
 OPTIMISM = 1.15  # of the first estimate: it knows fixed trees alone, and a rule that never drafts never learns
 PROBE = 16  # steps after which one of the requests that do not draft does so, to see whether it has become worth while,
-MAX_PROBE = 64  # and at most, since every try that is of no use doubles them
+MAX_PROBE = 128  # and at most, since every try that is of no use doubles them
 TRIES, TRYING = 12, 8  # drafts of a class until its estimate is trusted, by one in so many of a step's requests
-CHECK = 64  # drafting steps of which one decodes plainly, to compare them
+CHECK, FIRST_CHECKS = 64, (6, 16, 32)  # drafting steps of which one decodes plainly, to compare them; which do so before
 NEIGHBOURS, ENOUGH = 9, 5  # steps of the other kind that a step is compared with, and how many of them must be at hand
-_LEARNING, _LARGEST = 0.3, 0.5  # weight of a comparison, and the most that it may say, as a logarithm: single steps are noisy
+_LEARNING, _LARGEST = 0.4, 0.5  # weight of a comparison, and the most that it may say, as a logarithm: single steps are noisy
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
 MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
 _COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
-_OWN, _SHARED = 0.16, 0.05  # weight of what is new in a request's estimate, and in its class's
+_OWN, _SHARED = 0.16, 0.05  # weight of what is new in an estimate of a request or of trees, and in one of a class of requests
 _FADING = 0.005  # of an idle request's own estimate, per step, towards its class's
 
 
@@ -69,28 +69,30 @@ class _Size(NamedTuple):
 
     levels: float
     nodes: float  # drafted ones of a request
+    gain: float  # accepted tokens of a request, if it accepted what the figures known beforehand say
 
 
 class LoadRule:
     """Decides at every step who drafts, and what a level and a node must be worth.
 
-    Of a request it is known how many drafted tokens it accepts per step, from its own steps and from those of its class (``warmth``);
-    of a step, what it costs with m of n requests drafting. Those m requests draft that make the most tokens per second of the whole
+    Of a request it is known how many drafted tokens it accepts per step beside what is usual for trees of such sizes (its worth), from
+    its own steps and those of its class (``warmth``); of a step, what it costs with m of n requests drafting. Those m requests draft that
+    make the most tokens per second of the whole
     batch; at a load that leaves no room nobody does, and nothing is computed for it, but for one request every PROBE steps.
     Within a tree, time has the price of the tokens that the batch commits in it as things go: a level or a node that is expected to bring
     less is left out. Costs are modelled. Clocks correct the model in one point, what drafting steps cost beside plain ones: whenever a step
     follows several of the other kind, their seconds are compared, so that what slows the machine as a whole says nothing.
 
-    ``costs``: by batch size; ``acceptance``: tokens per verification by number of nodes of a fixed tree, where the estimates begin.
+    ``costs``: by batch size; ``acceptance``: tokens per verification by number of nodes of a fixed tree, which are usual.
     """
 
     def __init__(self, shape: TreeShape, costs: Mapping[int, StepCost], acceptance: Mapping[int, float]) -> None:
         self.shape, self.costs = shape, dict(costs)
         self._batches = sorted(costs)
         first = {batch: _first_tree(shape, cost, acceptance) for batch, cost in costs.items()}
-        self._sizes = {batch: _Size(tree.depth, tree.nodes - 1) for batch, tree in first.items()}
-        self._first_worth = OPTIMISM * _interpolate(acceptance, first[min(first)].nodes) - 1
-        self._worth: dict[int, float] = {}  # accepted tokens per drafting step, by class
+        self._usual = {nodes: tokens - 1 for nodes, tokens in acceptance.items()}
+        self._sizes = {batch: _Size(t.depth, t.nodes - 1, _interpolate(self._usual, t.nodes)) for batch, t in first.items()}
+        self._worth: dict[int, float] = {}  # accepted tokens beside the usual ones, by class
         self._tries: Counter[int] = Counter()  # drafts seen, by class
         self._interval, self._since_probe = PROBE, 0
         self._drafting = 0  # steps in a row, since it was expected to pay
@@ -106,7 +108,7 @@ class LoadRule:
         speed = speed if best else batch / plain
         gain = speed * plain / batch
         self._drafting = self._drafting + 1 if best else 0
-        check = self._drafting % CHECK == CHECK - 1
+        check = self._drafting % CHECK == CHECK - 1 or self._drafting in FIRST_CHECKS
         chosen = [] if check else self._trusted(able[:best], batch) + self._probe(able[best:])
         seconds, level = plain, 0.0
         if chosen:
@@ -118,12 +120,13 @@ class LoadRule:
 
     def _best(self, able: list[Request], batch: int, speed: float) -> tuple[int, float]:
         """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
-        best, expected, rows = 0, float(batch), 0.0
+        best, worth, late = 0, 0.0, 0.0
         slower = self._bias_of(self._measured(batch), True)
         for count, request in enumerate(able, 1):
-            expected += min(self._worth_of(request), self._sizes[self._measured(count)].nodes)
-            rows += self._rows(request)
-            faster = expected / (self._seconds(batch, count, rows) * slower)
+            size = self._sizes[self._measured(count)]
+            worth, late = worth + self._worth_of(request), late + self._late(request)
+            accepted = min(worth * size.gain, size.nodes * count)
+            faster = (batch + accepted) / (self._seconds(batch, count, accepted + late) * slower)
             if faster > speed:
                 best, speed = count, faster
         return best, speed
@@ -156,16 +159,15 @@ class LoadRule:
             self._compare(plan.kind, math.log(seconds / plan.seconds))
         if not plan.drafting:
             return
-        accepted = {id(request): accepted for request, _, accepted in plan.drafts}
-        for request in plan.drafting:
-            value = accepted.get(id(request), 0)
-            shared = self._shared_worth(request)
-            self._tries[request.warmth] += 1
-            request.worth = self._worth_of(request) + (value - self._worth_of(request)) * _OWN
-            self._worth[request.warmth] = shared + (value - shared) * _SHARED
-        measured = self._measured(len(plan.drafting))
-        size, nodes = self._sizes[measured], sum(drafted for _, drafted, _ in plan.drafts) / len(plan.drafting)
-        self._sizes[measured] = _Size(size.levels + (plan.levels - size.levels) * _SHARED, size.nodes + (nodes - size.nodes) * _SHARED)
+        measured, count = self._measured(len(plan.drafting)), len(plan.drafting)
+        gains = [_interpolate(self._usual, 1 + drafted) for _, drafted, _ in plan.drafts]
+        new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
+        size = self._sizes[measured] = _Size(*(old + (now - old) * _OWN for old, now in zip(self._sizes[measured], new, strict=True)))
+        for (request, _, accepted), gain in zip(plan.drafts, gains, strict=True):
+            own, shared, scale = self._worth_of(request), self._shared_worth(request), max(gain, size.gain)
+            request.worth = own + (accepted - own * gain) / scale * _OWN
+            self._worth[request.warmth] = shared + (accepted - shared * gain) / scale * _SHARED
+        self._tries.update(request.warmth for request in plan.drafting)
 
     def _bias_of(self, size: int, drafting: bool) -> float:
         """What such steps take over what the model says."""
@@ -183,18 +185,18 @@ class LoadRule:
         return self._shared_worth(request) if request.worth is None else request.worth
 
     def _shared_worth(self, request: Request) -> float:
-        return self._worth.get(request.warmth, self._first_worth * (1 - _COOLING * request.warmth))
+        return self._worth.get(request.warmth, OPTIMISM * (1 - _COOLING * request.warmth))
 
-    def _rows(self, request: Request) -> float:
-        """Rows that a step brings into the request's draft cache, if it drafts from now on: those of the tokens that it accepts, and its
-        share of all that the cache is behind, which must pay until the request ends.
-        """
-        worth, params = self._worth_of(request), request.params
-        steps = max(1.0, (params.max_tokens - request.num_output) / (1 + worth))
-        return worth + max(0, request.num_pending - self.shape.nodes) / steps
+    def _late(self, request: Request) -> float:
+        """Of the rows that a request's draft cache is far behind, those of one step: they must pay until the request ends."""
+        behind = request.num_pending - self.shape.nodes
+        if behind <= 0:
+            return 0.0
+        accepted = self._worth_of(request) * self._sizes[self._batches[0]].gain
+        return behind / max(1.0, (request.params.max_tokens - request.num_output) / (1 + accepted))
 
     def _seconds(self, batch: int, drafting: int, rows: float) -> float:
-        """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of the usual size; ``rows``: see ``_rows``, of all."""
+        """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of the usual size and draft caches ``rows`` behind."""
         measured = self._measured(drafting)
         own, size, cost = self.costs[measured], self._sizes[measured], self.costs[self._measured(batch)]
         draft = max(0.0, own.tree(1, 1) - own.plain) + own.level * max(0.0, size.levels - 1) + own.row * rows

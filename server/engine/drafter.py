@@ -106,19 +106,20 @@ class Drafter:
         ancestors = torch.zeros_like(level.best)
         levels = [Pool(level.scores, level.tokens, ancestors)]
         first = 1  # of the last level's places in the pool; the root has place 0
+        expanded_scores = torch.zeros_like(level.best_scores[:, :1])
         for depth in range(1, shape.depth):
-            width = _worthwhile(level.best_scores, shape)
+            width = _worthwhile(level.best_scores, expanded_scores, shape)
             if width == 0:
                 break
             # The rows to expand: places in the last level, its rows above them, tokens, states, and the expanded rows they descend from.
-            best, best_scores = level.best[:, :width], level.best_scores[:, :width]
+            best, expanded_scores = level.best[:, :width], level.best_scores[:, :width]
             source = best // topk
             tokens, hidden = level.tokens.gather(1, best), y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
             rows_before = (depth - 1) * topk
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
             y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), temperature)
             logits = self.head.logits(y, temperature[:, None])
-            level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, best_scores, topk)
+            level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, expanded_scores, topk)
             levels.append(Pool(level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
             first += levels[-2].scores.shape[1]
         self.levels = depth = len(levels)
@@ -129,13 +130,18 @@ class Drafter:
         return best_tree(roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
 
 
-def _worthwhile(scores: Tensor, shape: TreeShape) -> int:
-    """How many of a level's nodes to expand, 0 where the level does not pay; scores float32 [B, k], best first.
+def _worthwhile(scores: Tensor, parents: Tensor, shape: TreeShape) -> int:
+    """How many of a level's nodes to expand, 0 where the next level would not pay.
 
-    A node's children can bring no more tokens than its own probability of survival. The one width for all requests keeps the batch
-    rectangular: column i is worth what it brings all of them.
+    scores float32 [B, k], best first; parents float32 [B, p]: scores of the nodes that they are children of. The next level is
+    expected to look like this one, but that as much less of it survives as this one lost; of it a tree takes the nodes that are worth
+    their price. The one width for all requests keeps the batch rectangular: column i is worth what it brings all of them.
     """
     if shape.level_price == shape.node_price == 0:
         return scores.shape[1]
-    paying = [tokens for tokens in scores.exp().sum(0).tolist() if tokens >= shape.node_price * len(scores)]
-    return len(paying) if sum(paying) >= shape.level_price else 0
+    survival = scores.exp()
+    worth = torch.where(survival >= shape.node_price, survival, 0.0)
+    kept = (worth.sum() / parents.exp().sum()).clamp(max=1.0)
+    bought = (worth * kept - shape.node_price).clamp(min=0.0).sum()
+    *columns, gain = torch.cat((survival.sum(0), bought[None])).tolist()
+    return sum(tokens >= shape.node_price * len(scores) for tokens in columns) if gain >= shape.level_price else 0

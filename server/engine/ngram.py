@@ -126,6 +126,10 @@ class Candidates(NamedTuple):
         gains = self.pool.scores.exp() - node_price
         return self if float(gains.clamp(min=0).sum()) >= level_price else self.without_pool()
 
+    def of(self, places: Sequence[int]) -> "Candidates":
+        """Those of some requests, to be learned from."""
+        return Candidates([self.drafts[place] for place in places], None, 0)
+
     def without_pool(self) -> "Candidates":
         """Nothing is proposed, and yet it is learned whether it would have come true."""
         return Candidates(self.drafts, None, 0)

@@ -1,6 +1,7 @@
 """Nodes that were drafted, by whatever means, and of which the best become the trees of a step."""
 
 import math
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 from kernels.best_nodes import best_nodes
 from kernels.tree_mask import tree_mask
 from server.engine.types import Tree
+
+GROUP_ROWS = 24  # of a tree, that a forward pass on a CPU computes in the time of one more group
 
 
 class Pool(NamedTuple):
@@ -53,6 +56,27 @@ def best_tree(roots: Tensor, pool: Pool, nodes: int, node_price: float, depth: i
     tokens, parent = best_nodes(roots, *pool, nodes, node_price)
     ancestors, depths = tree_mask(parent, depth)
     return Tree(tokens, parent, depths, ancestors)
+
+
+def by_width(tree: Tree) -> list[list[int]]:
+    """The batch's places in groups of trees of like sizes, wherever that saves more than GROUP_ROWS rows of padding."""
+    widths = (tree.tokens >= 0).sum(1).tolist()
+
+    def split(places: list[int]) -> list[list[int]]:
+        narrow, saved = max(
+            ((cut, cut * (widths[places[-1]] - widths[places[cut - 1]])) for cut in range(1, len(places))),
+            default=(0, 0),
+            key=itemgetter(1),
+        )
+        return split(places[:narrow]) + split(places[narrow:]) if saved > GROUP_ROWS else [places]
+
+    return split(sorted(range(len(widths)), key=widths.__getitem__))
+
+
+def narrowed(tree: Tree, places: list[int]) -> Tree:
+    """The trees at ``places`` of the batch, without the columns that are padding in all of them, which come last."""
+    width = int((tree.tokens[places] >= 0).sum(1).max())
+    return Tree(*(part[places, :width] for part in tree))
 
 
 def root_only(roots: Tensor) -> Tree:

@@ -142,11 +142,14 @@ class Proposer:
         params = [request.params for request in requests]
         return torch.tensor([0.0 if p.greedy else min(p.temperature, 1.0) for p in params], device=self.device)
 
-    def learn(self, requests: list[Request], verdict: Verdict) -> None:
-        """Compare the best first guesses with the target's tokens there, which are known whatever was accepted."""
+    def learn(self, requests: list[Request], places: list[int], verdict: Verdict) -> None:
+        """Compare the best first guesses with the target's tokens there, which are known whatever was accepted.
+
+        ``places``: of the requests among those of the last trees.
+        """
         if self.learned is None or self.drafter is None or self.drafter.guesses is None:
             return
-        tokens, scores = self.drafter.guesses
+        tokens, scores = (guess[places] for guess in self.drafter.guesses)
         told = zip(self._temperature(requests).tolist(), scores.exp().tolist(), (tokens == verdict.tokens[:, 0]).tolist(), strict=True)
         for temperature, predicted, right in told:
             if predicted > 0:  # else nothing was to be drafted

@@ -48,7 +48,7 @@ class Request:
     matcher: Matcher | None = None  # has followed the output, only with a grammar
     noise: dict[int, Tensor] = field(default_factory=dict)  # [run, V], of the next runs of positions; see batch_noise
     draft_failed: bool = False  # what the head said of it was NaN: it decodes plainly from then on
-    worth: float | None = None  # drafted tokens that a step is expected to accept, None before the first; see LoadRule
+    worth: float | None = None  # drafted tokens that it accepts beside the usual ones, None before the first; see LoadRule
 
     @classmethod
     def create(

@@ -19,7 +19,7 @@ from server.engine.grammar import constrain
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Candidates
-from server.engine.pool import root_only
+from server.engine.pool import by_width, narrowed, root_only
 from server.engine.proposer import Proposer, text_tree
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 class Verification(NamedTuple):
-    """What one forward pass verifies of some requests; ``reach``: depth of the deepest node, at most; ``planned``: by the load rule."""
+    """What one forward pass verifies of some requests; ``reach``: depth of the deepest node, at most.
+
+    ``places``: of the requests among those that the load rule lets draft, None where it said nothing.
+    """
 
     requests: list[Request]
     tree: Tree
@@ -39,7 +42,7 @@ class Verification(NamedTuple):
     noise: Noise | None
     guesses: Candidates | None
     rows: Rows
-    planned: bool
+    places: list[int] | None
 
 
 class Steps:
@@ -95,8 +98,7 @@ class Steps:
             return None
         done = [requests[i] for i in complete]
         last = (logits if rows.keep is not None else logits[self._last_rows(rows.tokens, chunks)])[complete, None]  # [B, 1, V]
-        options = batch_options(done, self.target.vocab_size, self.device)
-        noise = batch_noise(done, 1, self.target.vocab_size, self.device)
+        options, noise = self._sampling(done, 0)
         tree, options = constrain(done, root_only(last_tokens(done, self.device)), options, self.target.vocab_size)
         return done, *_verify(tree, 0, last, options, noise), last
 
@@ -124,7 +126,7 @@ class Steps:
         bound = [request for request in quiet if request.matcher is not None and request.max_draft_nodes > 0]
         free = [request for request in quiet if request not in bound]
         return [
-            *([self._draft(drafting, plan)] if drafting else []),
+            *(self._draft(drafting, plan) if drafting else []),
             *([self._plain(bound, plan.shape, self.proposer.demanded(bound, plan.shape))] if bound else []),
             *([self._plain(free, plan.shape, None)] if free else []),
         ]
@@ -143,33 +145,43 @@ class Steps:
         stats.emitted += [len(output.token_ids) for output in outputs]
         return outputs
 
-    def _draft(self, requests: list[Request], plan: Plan) -> Verification:
-        """Trees for the requests; of one node each when there is nothing worth drafting."""
+    def _draft(self, requests: list[Request], plan: Plan) -> list[Verification]:
+        """Trees for the requests; of one node each when there is nothing worth drafting. On a CPU, trees of like sizes go together."""
         shape = _allowed(requests, plan.shape)
         guesses = self.proposer.look_up(requests, shape)
         reach = max(shape.depth, guesses.depth if guesses else 0)
-        options = batch_options(requests, self.target.vocab_size, self.device)
-        noise = batch_noise(requests, reach + 1, self.target.vocab_size, self.device)
+        options, noise = self._sampling(requests, reach)
         tree = self.proposer.propose(requests, shape, options, noise, guesses)
         plan.levels = self.proposer.drafter.levels if self.proposer.drafter else 1
-        tree, options = constrain(requests, tree, options, self.target.vocab_size)
         if not self.proposer.drafted(requests, tree):
-            return self._plain(requests, shape, guesses and guesses.without_pool())
-        return self._verification(requests, tree, reach, options, noise, guesses, planned=True)
+            return [self._plain(requests, shape, guesses and guesses.without_pool())]
+        everyone = list(range(len(requests)))
+        groups = [everyone] if self.device.type == "cuda" else by_width(tree)
+        if len(groups) == 1:
+            return [self._verification(requests, tree, reach, options, noise, guesses, everyone)]
+        parts = []
+        for places in groups:
+            members, part = [requests[i] for i in places], narrowed(tree, places)
+            reach = int(part.depth.max())
+            parts.append(self._verification(members, part, reach, *self._sampling(members, reach), guesses and guesses.of(places), places))
+        return parts
 
     def _plain(self, requests: list[Request], shape: TreeShape, guesses: Candidates | None) -> Verification:
         """The roots, and such guesses as cost nothing to make."""
         reach = guesses.depth if guesses else 0
-        options = batch_options(requests, self.target.vocab_size, self.device)
-        noise = batch_noise(requests, reach + 1, self.target.vocab_size, self.device)
         tree = text_tree(last_tokens(requests, self.device), shape, guesses)
-        tree, options = constrain(requests, tree, options, self.target.vocab_size)
-        return self._verification(requests, tree, reach, options, noise, guesses, planned=False)
+        return self._verification(requests, tree, reach, *self._sampling(requests, reach), guesses, None)
+
+    def _sampling(self, requests: list[Request], reach: int) -> tuple[SamplingBatch, Noise | None]:
+        """Options of the requests, and the noise of trees of depth ``reach``."""
+        vocab_size = self.target.vocab_size
+        return batch_options(requests, vocab_size, self.device), batch_noise(requests, reach + 1, vocab_size, self.device)
 
     def _verification(
         self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None,
-        planned: bool,
+        places: list[int] | None,
     ) -> Verification:  # fmt: skip
+        tree, options = constrain(requests, tree, options, self.target.vocab_size)
         lengths, max_context = context_lens(requests, self.device)
         # Padding costs nothing on a GPU, where finding it would make the host wait.
         live = None if self.device.type == "cuda" else tree.tokens >= 0
@@ -177,7 +189,7 @@ class Steps:
             live = None
         tables = self.pool.tables[table_rows(requests, self.device)]
         layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, live, self.pool.block_size, max_context)
-        return Verification(requests, tree, reach, options, noise, guesses, Rows(tree.tokens.clamp(min=0), layout), planned)
+        return Verification(requests, tree, reach, options, noise, guesses, Rows(tree.tokens.clamp(min=0), layout), places)
 
     def _accept(self, batch: Verification, verdict: Verdict, plan: Plan, stats: StepStats) -> None:
         """Move what survived to the front of the cache, and learn from it."""
@@ -188,11 +200,11 @@ class Steps:
             if drafted:
                 request.speculation.record(drafted, accepted, batch.reach)
                 stats.drafts.append((drafted, accepted))
-                if batch.planned:
+                if batch.places is not None:
                     plan.drafts.append((request, drafted, accepted))
-        if batch.planned:
-            stats.draft_levels, stats.tree_nodes = plan.levels, batch.tree.tokens.shape[1]
-            self.proposer.learn(batch.requests, verdict)
+        if batch.places is not None:
+            stats.draft_levels, stats.tree_nodes = plan.levels, max(stats.tree_nodes, batch.tree.tokens.shape[1])
+            self.proposer.learn(batch.requests, batch.places, verdict)
 
     def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:
         """Keep the features of the accepted nodes for the draft cache."""
