@@ -29,6 +29,7 @@ _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, fo
 _COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
 _OWN, _SHARED = 0.16, 0.05  # weight of what is new in an estimate of a request or of trees, and in one of a class of requests
 _FADING = 0.005  # of an idle request's own estimate, per step, towards its class's
+_REST = 7  # steps that a decision against drafting holds while the batch stays the same: it costs a hundredth of a step
 
 
 class StepCost(NamedTuple):
@@ -96,27 +97,35 @@ class LoadRule:
         self._tries: Counter[int] = Counter()  # drafts seen, by class
         self._interval, self._since_probe = PROBE, 0
         self._drafting = 0  # steps in a row, since it was expected to pay
+        self._rest, self._batch = 0, 0  # further steps that such a batch decodes plainly
         self._bias: dict[tuple[int, bool], float] = {}  # logarithm of what a kind of step takes over what the model says
         self._recent: deque[tuple[tuple[int, bool], float]] = deque(maxlen=NEIGHBOURS)  # the same of single steps
 
     def choose(self, requests: list[Request]) -> Plan:
         """Who of the step's requests drafts, with the largest tree and its prices."""
         batch, size = len(requests), self._measured(len(requests))
-        able = sorted((r for r in requests if r.max_draft_nodes > 0), key=self._worth_of, reverse=True)
         plain = self.costs[size].plain * self._bias_of(size, False)
+        if self._rest and batch == self._batch and self._since_probe < self._interval - 1:
+            self._rest, self._since_probe = self._rest - 1, self._since_probe + 1
+            return Plan(self._priced(batch, batch / plain, 0.0), [], 1.0, plain, (size, False))
+        able = sorted((r for r in requests if r.max_draft_nodes > 0), key=self._worth_of, reverse=True)
         best, speed = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * batch / plain)
         speed = speed if best else batch / plain
         gain = speed * plain / batch
         self._drafting = self._drafting + 1 if best else 0
         check = self._drafting % CHECK == CHECK - 1 or self._drafting in FIRST_CHECKS
         chosen = [] if check else self._trusted(able[:best], batch) + self._probe(able[best:])
+        self._rest, self._batch = 0 if best or chosen else _REST, batch
         seconds, level = plain, 0.0
         if chosen:
             seconds = self._seconds(batch, len(chosen), sum(r.num_pending - 1 for r in chosen)) * self._bias_of(size, True)
             level = self.costs[self._measured(len(chosen))].level
-        shape = self.shape._replace(level_price=speed * level, node_price=speed * self.costs[size].node / batch)
         kind = (size, bool(chosen)) if not chosen or 2 * len(chosen) > batch else None
-        return Plan(shape, chosen, gain, seconds, kind)
+        return Plan(self._priced(batch, speed, level), chosen, gain, seconds, kind)
+
+    def _priced(self, batch: int, speed: float, level: float) -> TreeShape:
+        """The largest tree at prices of ``speed`` tokens per second; ``level``: seconds of one."""
+        return self.shape._replace(level_price=speed * level, node_price=speed * self.costs[self._measured(batch)].node / batch)
 
     def _best(self, able: list[Request], batch: int, speed: float) -> tuple[int, float]:
         """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
@@ -142,14 +151,15 @@ class LoadRule:
 
     def _probe(self, idle: list[Request]) -> list[Request]:
         """The request that drafts all the same, now and then: the one whose draft cache is the least behind."""
-        for request in idle:
-            request.worth = self._worth_of(request) + (self._shared_worth(request) - self._worth_of(request)) * _FADING
         if not idle:
             self._interval, self._since_probe = PROBE, 0
             return []
         self._since_probe += 1
         if self._since_probe < self._interval:
             return []
+        faded = min(1.0, _FADING * self._interval)
+        for request in idle:
+            request.worth = self._worth_of(request) + (self._shared_worth(request) - self._worth_of(request)) * faded
         self._interval, self._since_probe = min(2 * self._interval, MAX_PROBE), 0
         return [min(idle, key=lambda request: request.num_pending)]
 
@@ -163,6 +173,9 @@ class LoadRule:
         gains = [_interpolate(self._usual, 1 + drafted) for _, drafted, _ in plan.drafts]
         new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
         size = self._sizes[measured] = _Size(*(old + (now - old) * _OWN for old, now in zip(self._sizes[measured], new, strict=True)))
+        for fewer in self._batches[: self._batches.index(measured)]:
+            if self._sizes[fewer].nodes < size.nodes:  # which fewer requests can afford as well
+                self._sizes[fewer] = size
         for (request, _, accepted), gain in zip(plan.drafts, gains, strict=True):
             own, shared, scale = self._worth_of(request), self._shared_worth(request), max(gain, size.gain)
             request.worth = own + (accepted - own * gain) / scale * _OWN

@@ -95,7 +95,9 @@ class Proposer:
 
     def bound_pending(self, requests: list[Request]) -> None:
         """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""
-        self.sync_draft([r for r in requests if r.pending and r.num_pending * r.pending[0][0].nbytes > MAX_PENDING_BYTES])
+        if self.drafter is not None:
+            most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
+            self.sync_draft([request for request in requests if request.num_pending > most])
 
     def look_up(self, requests: list[Request], shape: TreeShape) -> Candidates | None:
         """What the requests' own text proposes; None when nothing is to be drafted, or when it fails."""

@@ -62,6 +62,11 @@ def play(
     return history
 
 
+def drafting_steps(name: str, steps: int) -> list[list[str]]:
+    """What a request does that drafts: now and then a step decodes plainly, to compare them."""
+    return [[] if step + 1 in budget.FIRST_CHECKS else [name] for step in range(steps)]
+
+
 def test_prices_rise_with_the_load_until_nobody_drafts() -> None:
     rule = LoadRule(SHAPE, machine(0.1, 0.05), ACCEPTANCE)
     plans = [rule.choose(crowd(batch)) for batch in BATCHES]
@@ -77,9 +82,9 @@ def test_prices_rise_with_the_load_until_nobody_drafts() -> None:
 def test_prices_are_what_the_time_would_bring_otherwise() -> None:
     rule = LoadRule(SHAPE, {4: StepCost(plain=0.1, base=0.12, level=0.004, node=0.001)}, ACCEPTANCE)
     requests = crowd(4)
-    tokens = 4 + sum(rule._worth_of(r) for r in requests)
+    accepted = min(4 * rule._worth_of(requests[0]) * rule._sizes[4].gain, 4 * rule._sizes[4].nodes)
     shape = rule.choose(requests).shape
-    tokens_per_second = tokens / rule._seconds(4, 4, sum(map(rule._rows, requests)))
+    tokens_per_second = (4 + accepted) / rule._seconds(4, 4, accepted)
     assert shape.level_price == pytest.approx(tokens_per_second * 0.004)
     assert shape.node_price == pytest.approx(tokens_per_second * 0.001 / 4)
 
@@ -88,7 +93,7 @@ def test_a_step_costs_what_its_drafting_requests_cost() -> None:
     costs = {1: StepCost(1.0, 1.5, 0.1, 0.01), 8: StepCost(2.0, 4.0, 0.4, 0.16)}
     rule = LoadRule(SHAPE, costs, ACCEPTANCE)
     for measured, drafting in ((1, 1), (8, 5)):
-        levels, nodes = rule._sizes[measured]
+        levels, nodes, _ = rule._sizes[measured]
         own = costs[measured]
         expected = 2.0 + (own.tree(1, 1) - own.plain) + own.level * (levels - 1) + 0.16 / 8 * nodes * drafting
         assert rule._seconds(8, drafting, 0) == pytest.approx(expected)
@@ -100,7 +105,7 @@ def test_a_draft_cache_that_is_far_behind_must_pay_until_the_request_ends() -> N
 
     def drafts(behind: int, left: int) -> bool:
         late = request("x")
-        late.worth, late.context_len = 0.5, behind
+        late.worth, late.context_len = 0.2, behind
         late.token_ids += [0] * (100 - left)
         return bool(rule.choose([late]).drafting)
 
@@ -111,18 +116,18 @@ def test_a_draft_cache_that_is_far_behind_must_pay_until_the_request_ends() -> N
 
 
 def test_hard_requests_do_not_draft_and_easy_ones_do() -> None:
-    rule = LoadRule(SHAPE, machine(0.02, 0.04), ACCEPTANCE)
+    rule = LoadRule(SHAPE, machine(0.02, 0.02), ACCEPTANCE)
     requests = crowd(8)
     history = play(rule, requests, lambda r: 5 if r.request_id in "05" else 0, 60)
     late = Tally(name for step in history[30:] for name in step)
-    assert late["0"] == late["5"] == 30
-    assert sum(late.values()) - 60 <= 12, "the others are tried now and then"
+    assert late["0"] == late["5"] == 29, "and one step to compare"
+    assert sum(late.values()) - 58 <= 12, "the others are tried now and then"
 
 
 def test_a_request_that_becomes_easy_is_found_and_one_that_becomes_hard_is_dropped_within_20_steps() -> None:
     rule = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE)
     requests = crowd(1)
-    assert play(rule, requests, lambda _: 4, 30) == [["0"]] * 30
+    assert play(rule, requests, lambda _: 4, 30) == drafting_steps("0", 30)
     dropping = play(rule, requests, lambda _: 0, 40)
     assert [] in dropping[:20]
     assert sum(map(len, dropping[20:])) <= 2
@@ -131,16 +136,17 @@ def test_a_request_that_becomes_easy_is_found_and_one_that_becomes_hard_is_dropp
     rising = play(rule, requests, lambda _: 8, 40)
     found = rising.index(["0"])
     assert found < 20
-    assert rising[found:] == [["0"]] * (40 - found)
+    assert sum(map(len, rising[found:])) >= 40 - found - 2, "but for two steps to compare"
 
 
 def test_who_drafts_goes_on_where_nobody_would_begin() -> None:
     """Estimates move with every step's luck: between the two limits things stay as they are."""
     rule, requests = LoadRule(SHAPE, machine(0.0, 0.1), ACCEPTANCE), crowd(1)
-    assert play(rule, requests, lambda _: 3, 5) == [["0"]] * 5
+    assert play(rule, requests, lambda _: 3, 3) == [["0"]] * 3
 
     def drafts_at(gain: float) -> bool:
-        requests[0].worth = rule._seconds(1, 1, 0) * gain - 1
+        rule._rest = 0
+        requests[0].worth = (rule._seconds(1, 1, 0) * gain - 1) / rule._sizes[1].gain
         return bool(rule.choose(requests).drafting)
 
     between = (budget.START_GAIN + budget.STOP_GAIN) / 2
@@ -163,8 +169,8 @@ def test_useless_tries_become_rare() -> None:
 def test_clocks_find_that_drafting_costs_more_than_the_model_says(batch: int) -> None:
     rule = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE)
     history = play(rule, crowd(batch), lambda _: 2, 1000, lambda _, drafting: 4.0 if drafting else 1.0)
-    assert sum(map(bool, history[:60])) > 50
-    assert sum(map(bool, history[700:])) < 30
+    assert all(history[:5])
+    assert sum(map(bool, history[300:])) < 30
 
 
 def test_clocks_find_that_drafting_costs_less_than_the_model_says() -> None:
@@ -205,7 +211,7 @@ def test_a_load_that_leaves_no_room_is_followed_at_once() -> None:
 def test_who_may_not_draft_does_not() -> None:
     rule = LoadRule(SHAPE, machine(0.0, 0.0), ACCEPTANCE)
     requests = [request("may"), request("may not", limit=0)]
-    assert play(rule, requests, lambda _: 3, 20) == [["may"]] * 20
+    assert play(rule, requests, lambda _: 3, 20) == drafting_steps("may", 20)
     assert play(rule, requests[1:], lambda _: 3, 20) == [[]] * 20
 
 
@@ -213,9 +219,24 @@ def test_the_estimate_meets_the_truth() -> None:
     rule = LoadRule(SHAPE, machine(0.0, 0.0), ACCEPTANCE)
     requests = crowd(2)
     play(rule, requests, lambda r: 1 + int(r.request_id), 400)
-    assert [r.worth for r in requests] == pytest.approx([1, 2], abs=0.01)
-    assert rule._worth_of(request("new")) == pytest.approx(1.5, abs=0.05)
-    assert rule._sizes[2] == pytest.approx((3, 8), abs=0.01)
+    usual = 1.8 + (2.2 - 1.8) / 8  # accepted of a tree of 9 nodes
+    assert [r.worth for r in requests] == pytest.approx([1 / usual, 2 / usual], abs=0.01)
+    assert rule._worth_of(request("new")) == pytest.approx(1.5 / usual, abs=0.05)
+    assert rule._sizes[2] == pytest.approx((3, 8, usual), abs=0.01)
+
+
+def test_what_is_known_of_large_trees_is_expected_of_small_ones_in_proportion() -> None:
+    """A request that accepts half of what is usual does so at every load, where trees are smaller."""
+    costs = dict.fromkeys((1, 8), StepCost(1.0, 1.4, 0.0, 0.05))
+    rule, requests = LoadRule(SHAPE, costs, ACCEPTANCE), crowd(8)
+    for alone in requests:
+        play(rule, [alone], lambda _: 1, 50)
+    rule._sizes[8] = rule._sizes[8]._replace(nodes=1.0, gain=0.6)
+    assert len(rule.choose(requests).drafting) < 8, "1 of 1.85 accepted makes 0.32 of 0.6, in 1.5 times the time"
+    easy = crowd(8)
+    for alone in easy:
+        play(rule, [alone], lambda _: 7, 50)
+    assert len(rule.choose(easy).drafting) == 8
 
 
 def test_free_drafts_are_always_looked_up() -> None:
@@ -247,14 +268,23 @@ def test_shrunk_shapes_hold_their_nodes() -> None:
 
 
 def test_levels_and_nodes_are_bought_at_their_price() -> None:
-    scores = torch.tensor([[0.6, 0.3, 0.02], [0.9, 0.05, 0.01]]).log()  # columns bring 1.5, 0.35 and 0.03 tokens
-    assert _worthwhile(scores, SHAPE) == 3, "free"
-    assert _worthwhile(scores, SHAPE._replace(node_price=0.05)) == 2
-    assert _worthwhile(scores, SHAPE._replace(node_price=0.25)) == 1
-    assert _worthwhile(scores, SHAPE._replace(node_price=1.0)) == 0
-    assert _worthwhile(scores, SHAPE._replace(level_price=1.8)) == 3
-    assert _worthwhile(scores, SHAPE._replace(level_price=2.0)) == 0
-    assert _worthwhile(scores, SHAPE._replace(level_price=1.8, node_price=0.25)) == 0
+    scores = torch.tensor([[0.6, 0.3, 0.02], [0.9, 0.05, 0.01]]).log()  # columns survive 1.5, 0.35 and 0.03 times
+    parents = torch.tensor([[1.0], [0.98]]).log()
+
+    def expanded(level: float, node: float, parents: torch.Tensor = parents) -> int:
+        return _worthwhile(scores, parents, SHAPE._replace(level_price=level, node_price=node))
+
+    assert expanded(0, 0) == 3, "free"
+    assert expanded(0, 0.05) == 2
+    assert expanded(0, 0.25) == 1
+    assert expanded(0, 1.0) == 0
+    kept = 1.88 / 1.98  # of the level before survives in this one, and of this one in the next
+    assert expanded(1.88 * kept - 0.01, 1e-6) == 3
+    assert expanded(1.88 * kept + 0.01, 1e-6) == 0
+    bought = (0.6 + 0.9) * 1.8 / 1.98 - 2 * 0.25 + 0.3 * 1.8 / 1.98 - 0.25  # by a node price of 0.25
+    assert expanded(bought - 0.01, 0.25) == 1
+    assert expanded(bought + 0.01, 0.25) == 0
+    assert expanded(1.0, 0.25, torch.zeros(2, 4)) == 0, "of eight nodes as good little has survived: less will"
 
 
 @pytest.mark.parametrize(("price", "nodes"), [(0.0, 6), (0.04, 5), (0.15, 4), (0.4, 3), (5.0, 2)])
