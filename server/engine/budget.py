@@ -2,7 +2,7 @@
 
 import math
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
@@ -11,14 +11,15 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from server.engine.drafter import TreeShape
-from server.engine.request import Request
+from server.engine.request import WARMEST, Request
 
 START_GAIN = 1.1  # expected speed-up over plain decoding from which on requests draft: estimates err by as much
 STOP_GAIN = 1.0  # and below which they stop: a run of bad luck is not yet a reason
 OPTIMISM = 1.15  # of the first estimate: it knows fixed trees alone, and a rule that never drafts never learns
 PROBE = 16  # steps after which one of the requests that do not draft does so, to see whether it has become worth while,
 MAX_PROBE = 128  # and at most, since every try that is of no use doubles them
-TRIES, TRYING = 12, 8  # drafts of a class until its estimate is trusted, by one in so many of a step's requests
+TRIES, TRYING = 12, 8  # drafts of a class until its estimate is trusted, by one in so many of a step's requests,
+EAGER = 2  # which does so once in so many steps, whatever is expected of it
 CHECK, FIRST_CHECKS = 64, (6, 16, 32)  # drafting steps of which one decodes plainly, to compare them; which do so before
 NEIGHBOURS, ENOUGH = 9, 5  # steps of the other kind that a step is compared with, and how many of them must be at hand
 _LEARNING, _LARGEST = 0.4, 0.5  # weight of a comparison, and the most that it may say, as a logarithm: single steps are noisy
@@ -51,16 +52,17 @@ class StepCost(NamedTuple):
 
 @dataclass
 class Plan:
-    """What one step may draft, for whom, and what became of it: (request, drafted nodes, accepted nodes) of those that had a tree.
+    """What one step of ``batch`` requests may draft, for whom, and what became of it.
 
-    ``kind``: batch size that stands for the step's, and whether most requests draft; None: the step says nothing of its kind's cost.
+    ``rows``: that the draft caches of those requests are behind, but for one each; ``levels`` that trees were grown by; ``drafts``:
+    (request, drafted nodes, accepted nodes) of those that had a tree.
     """
 
     shape: TreeShape
     drafting: list[Request]
     gain: float = 1.0  # tokens per second over those of plain decoding, as expected
-    seconds: float = 0.0  # that the step should take
-    kind: tuple[int, bool] | None = None
+    batch: int = 0
+    rows: int = 0
     levels: int = 0
     drafts: list[tuple[Request, int, int]] = field(default_factory=list)
 
@@ -90,24 +92,23 @@ class LoadRule:
     def __init__(self, shape: TreeShape, costs: Mapping[int, StepCost], acceptance: Mapping[int, float]) -> None:
         self.shape, self.costs = shape, dict(costs)
         self._batches = sorted(costs)
-        first = {batch: _first_tree(shape, cost, acceptance) for batch, cost in costs.items()}
         self._usual = {nodes: tokens - 1 for nodes, tokens in acceptance.items()}
-        self._sizes = {batch: _Size(t.depth, t.nodes - 1, _interpolate(self._usual, t.nodes)) for batch, t in first.items()}
+        self._sizes = {(batch, warmth): self._first_size(batch, warmth) for batch in self._batches for warmth in range(WARMEST + 1)}
         self._worth: dict[int, float] = {}  # accepted tokens beside the usual ones, by class
         self._tries: Counter[int] = Counter()  # drafts seen, by class
         self._interval, self._since_probe = PROBE, 0
         self._drafting = 0  # steps in a row, since it was expected to pay
         self._rest, self._batch = 0, 0  # further steps that such a batch decodes plainly
-        self._bias: dict[tuple[int, bool], float] = {}  # logarithm of what a kind of step takes over what the model says
+        self._bias: defaultdict[int, float] = defaultdict(float)  # by batch size: logarithm of drafting steps' seconds over the model's
         self._recent: deque[tuple[tuple[int, bool], float]] = deque(maxlen=NEIGHBOURS)  # the same of single steps
 
     def choose(self, requests: list[Request]) -> Plan:
         """Who of the step's requests drafts, with the largest tree and its prices."""
         batch, size = len(requests), self._measured(len(requests))
-        plain = self.costs[size].plain * self._bias_of(size, False)
-        if self._rest and batch == self._batch and self._since_probe < self._interval - 1:
+        plain = self.costs[size].plain
+        if self._rest and batch == self._batch and self._since_probe < self._interval - 1 and self._tries[requests[0].warmth] >= TRIES:
             self._rest, self._since_probe = self._rest - 1, self._since_probe + 1
-            return Plan(self._priced(batch, batch / plain, 0.0), [], 1.0, plain, (size, False))
+            return Plan(self._priced(batch, batch / plain, 0.0), [], 1.0, batch)
         able = sorted((r for r in requests if r.max_draft_nodes > 0), key=self._worth_of, reverse=True)
         best, speed = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * batch / plain)
         speed = speed if best else batch / plain
@@ -116,12 +117,8 @@ class LoadRule:
         check = self._drafting % CHECK == CHECK - 1 or self._drafting in FIRST_CHECKS
         chosen = [] if check else self._trusted(able[:best], batch) + self._probe(able[best:])
         self._rest, self._batch = 0 if best or chosen else _REST, batch
-        seconds, level = plain, 0.0
-        if chosen:
-            seconds = self._seconds(batch, len(chosen), sum(r.num_pending - 1 for r in chosen)) * self._bias_of(size, True)
-            level = self.costs[self._measured(len(chosen))].level
-        kind = (size, bool(chosen)) if not chosen or 2 * len(chosen) > batch else None
-        return Plan(self._priced(batch, speed, level), chosen, gain, seconds, kind)
+        level = self.costs[self._measured(len(chosen))].level if chosen else 0.0
+        return Plan(self._priced(batch, speed, level), chosen, gain, batch, sum(r.num_pending - 1 for r in chosen))
 
     def _priced(self, batch: int, speed: float, level: float) -> TreeShape:
         """The largest tree at prices of ``speed`` tokens per second; ``level``: seconds of one."""
@@ -130,12 +127,11 @@ class LoadRule:
     def _best(self, able: list[Request], batch: int, speed: float) -> tuple[int, float]:
         """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
         best, worth, late = 0, 0.0, 0.0
-        slower = self._bias_of(self._measured(batch), True)
         for count, request in enumerate(able, 1):
-            size = self._sizes[self._measured(count)]
+            size = self._size_of(able[:count])
             worth, late = worth + self._worth_of(request), late + self._late(request)
             accepted = min(worth * size.gain, size.nodes * count)
-            faster = (batch + accepted) / (self._seconds(batch, count, accepted + late) * slower)
+            faster = (batch + accepted) / self._seconds(batch, count, size, accepted + late)
             if faster > speed:
                 best, speed = count, faster
         return best, speed
@@ -155,6 +151,10 @@ class LoadRule:
             self._interval, self._since_probe = PROBE, 0
             return []
         self._since_probe += 1
+        unknown = [request for request in idle if self._tries[request.warmth] < TRIES]
+        if unknown and self._since_probe >= EAGER:
+            self._since_probe = 0
+            return [min(unknown, key=lambda request: request.num_pending)]
         if self._since_probe < self._interval:
             return []
         faded = min(1.0, _FADING * self._interval)
@@ -165,34 +165,33 @@ class LoadRule:
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
         """Learn from a step; ``seconds`` None where it had other work as well."""
-        if seconds is not None and plan.kind is not None:
-            self._compare(plan.kind, math.log(seconds / plan.seconds))
+        size = self._measured(plan.batch)
         if not plan.drafting:
+            if seconds is not None and plan.batch:
+                self._compare(size, False, math.log(seconds / self.costs[size].plain))
             return
-        measured, count = self._measured(len(plan.drafting)), len(plan.drafting)
+        kind, count = self._kind_of(plan.drafting), len(plan.drafting)
         gains = [_interpolate(self._usual, 1 + drafted) for _, drafted, _ in plan.drafts]
         new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
-        size = self._sizes[measured] = _Size(*(old + (now - old) * _OWN for old, now in zip(self._sizes[measured], new, strict=True)))
-        for fewer in self._batches[: self._batches.index(measured)]:
-            if self._sizes[fewer].nodes < size.nodes:  # which fewer requests can afford as well
-                self._sizes[fewer] = size
+        if seconds is not None and 2 * count > plan.batch:
+            self._compare(size, True, math.log(seconds / self._seconds(plan.batch, count, new, plan.rows)))
+        tree = self._sizes[kind] = _Size(*(old + (now - old) * _OWN for old, now in zip(self._sizes[kind], new, strict=True)))
+        for fewer in self._batches[: self._batches.index(kind[0])]:
+            if self._sizes[fewer, kind[1]].nodes < tree.nodes:  # which fewer requests can afford as well
+                self._sizes[fewer, kind[1]] = tree
         for (request, _, accepted), gain in zip(plan.drafts, gains, strict=True):
-            own, shared, scale = self._worth_of(request), self._shared_worth(request), max(gain, size.gain)
+            own, shared, scale = self._worth_of(request), self._shared_worth(request), max(gain, tree.gain)
             request.worth = own + (accepted - own * gain) / scale * _OWN
-            self._worth[request.warmth] = shared + (accepted - shared * gain) / scale * _SHARED
+            self._worth[request.warmth] = shared + (accepted - shared * gain) / scale * max(_SHARED, 1 / (2 + self._tries[request.warmth]))
         self._tries.update(request.warmth for request in plan.drafting)
 
-    def _bias_of(self, size: int, drafting: bool) -> float:
-        """What such steps take over what the model says."""
-        return math.exp(self._bias.get((size, drafting), 0.0))
-
-    def _compare(self, kind: tuple[int, bool], said: float) -> None:
-        """Learn from what a step took over what it should have, as a logarithm."""
-        others = [other for (size, drafting), other in self._recent if size == kind[0] and drafting != kind[1]]
+    def _compare(self, size: int, drafting: bool, said: float) -> None:
+        """Learn from what a step took over what the model says of it, as a logarithm."""
+        others = [other for kind, other in self._recent if kind == (size, not drafting)]
         if len(others) >= ENOUGH:
             surprise = min(max(said - median(others), -_LARGEST), _LARGEST)
-            self._bias[kind] = self._bias.get(kind, 0.0) + surprise * _LEARNING
-        self._recent.append((kind, said))
+            self._bias[size] += surprise * _LEARNING * (1 if drafting else -1)
+        self._recent.append(((size, drafting), said))
 
     def _worth_of(self, request: Request) -> float:
         return self._shared_worth(request) if request.worth is None else request.worth
@@ -205,15 +204,33 @@ class LoadRule:
         behind = request.num_pending - self.shape.nodes
         if behind <= 0:
             return 0.0
-        accepted = self._worth_of(request) * self._sizes[self._batches[0]].gain
+        accepted = self._worth_of(request) * self._size_of([request]).gain
         return behind / max(1.0, (request.params.max_tokens - request.num_output) / (1 + accepted))
 
-    def _seconds(self, batch: int, drafting: int, rows: float) -> float:
-        """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of the usual size and draft caches ``rows`` behind."""
-        measured = self._measured(drafting)
-        own, size, cost = self.costs[measured], self._sizes[measured], self.costs[self._measured(batch)]
+    def _kind_of(self, drafting: list[Request]) -> tuple[int, int]:
+        """Which trees are alike: their number, as measured, and the class of their requests, of the one in the middle where they differ."""
+        return self._measured(len(drafting)), drafting[len(drafting) // 2].warmth
+
+    def _size_of(self, drafting: list[Request]) -> _Size:
+        return self._sizes[self._kind_of(drafting)]
+
+    def _first_size(self, batch: int, warmth: int) -> _Size:
+        """The best fixed tree by the figures known beforehand."""
+        trees = [self.shape.shrunk(nodes) for nodes in powers_of_two(self.shape.nodes) if nodes > 1]
+        cooled, cost = 1 - _COOLING * warmth, self.costs[batch]
+
+        def speed(tree: TreeShape) -> float:
+            return (1 + cooled * _interpolate(self._usual, tree.nodes)) / cost.tree(tree.depth, tree.nodes)
+
+        tree = max(trees, key=speed, default=self.shape)
+        return _Size(tree.depth, tree.nodes - 1, _interpolate(self._usual, tree.nodes))
+
+    def _seconds(self, batch: int, drafting: int, size: _Size, rows: float) -> float:
+        """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of that size and draft caches ``rows`` behind."""
+        own, cost = self.costs[self._measured(drafting)], self.costs[self._measured(batch)]
         draft = max(0.0, own.tree(1, 1) - own.plain) + own.level * max(0.0, size.levels - 1) + own.row * rows
-        return cost.plain + draft + cost.node / batch * size.nodes * drafting
+        model = cost.plain + draft + cost.node / batch * size.nodes * drafting
+        return model * math.exp(self._bias[self._measured(batch)])
 
     def _measured(self, batch: int) -> int:
         """The measured batch size that stands for ``batch``: the next larger one."""
@@ -231,12 +248,6 @@ class FreeDraftRule(LoadRule):
         needed = START_GAIN * batch / cost.plain
         shape = self.shape._replace(level_price=needed * cost.tree(1, 1) - batch, node_price=needed * cost.node / batch)
         return Plan(shape, [request for request in requests if request.max_draft_nodes > 0])
-
-
-def _first_tree(shape: TreeShape, cost: StepCost, acceptance: Mapping[int, float]) -> TreeShape:
-    """The best fixed tree by the figures known beforehand."""
-    trees = [shape.shrunk(nodes) for nodes in powers_of_two(shape.nodes) if nodes > 1]
-    return max(trees, key=lambda tree: _interpolate(acceptance, tree.nodes) / cost.tree(tree.depth, tree.nodes), default=shape)
 
 
 def powers_of_two(limit: int) -> list[int]:

@@ -13,6 +13,8 @@ from server.engine.grammar import Matcher
 from server.engine.ngram import NgramIndex
 from server.engine.types import FinishReason, RequestOutput, RequestTimes, SamplingParams, SpeculationStats, TokenLogprob
 
+WARMEST = 2  # class of requests, see ``Request.warmth``
+
 
 @dataclass
 class Request:
@@ -100,8 +102,8 @@ class Request:
 
     @property
     def warmth(self) -> int:
-        """A class of requests whose guesses come true equally often: 0 near greedy decoding, 2 near temperature 1 and above."""
-        return 0 if self.params.greedy else round(2 * min(self.params.temperature, 1.0))
+        """A class of requests whose guesses come true equally often: 0 near greedy decoding, WARMEST near temperature 1 and above."""
+        return 0 if self.params.greedy else round(WARMEST * min(self.params.temperature, 1.0))
 
     @property
     def forbidden_until_min_tokens(self) -> frozenset[int]:

@@ -12,7 +12,7 @@ from kernels.best_nodes import best_nodes
 from server.engine import budget
 from server.engine.budget import FreeDraftRule, LoadRule, StepCost, default_acceptance, measure_costs, powers_of_two
 from server.engine.drafter import TreeShape, _worthwhile
-from server.engine.request import Request
+from server.engine.request import WARMEST, Request
 from server.engine.types import SamplingParams
 from tests.engine.engines import byte_tokenizer
 
@@ -62,6 +62,13 @@ def play(
     return history
 
 
+def experienced(*args) -> LoadRule:
+    """A rule that has seen enough of every class to trust its estimates."""
+    rule = LoadRule(*args)
+    rule._tries.update({warmth: budget.TRIES for warmth in range(WARMEST + 1)})
+    return rule
+
+
 def drafting_steps(name: str, steps: int) -> list[list[str]]:
     """What a request does that drafts: now and then a step decodes plainly, to compare them."""
     return [[] if step + 1 in budget.FIRST_CHECKS else [name] for step in range(steps)]
@@ -82,9 +89,9 @@ def test_prices_rise_with_the_load_until_nobody_drafts() -> None:
 def test_prices_are_what_the_time_would_bring_otherwise() -> None:
     rule = LoadRule(SHAPE, {4: StepCost(plain=0.1, base=0.12, level=0.004, node=0.001)}, ACCEPTANCE)
     requests = crowd(4)
-    accepted = min(4 * rule._worth_of(requests[0]) * rule._sizes[4].gain, 4 * rule._sizes[4].nodes)
+    accepted = min(4 * rule._worth_of(requests[0]) * rule._sizes[4, 0].gain, 4 * rule._sizes[4, 0].nodes)
     shape = rule.choose(requests).shape
-    tokens_per_second = (4 + accepted) / rule._seconds(4, 4, accepted)
+    tokens_per_second = (4 + accepted) / rule._seconds(4, 4, rule._sizes[4, 0], accepted)
     assert shape.level_price == pytest.approx(tokens_per_second * 0.004)
     assert shape.node_price == pytest.approx(tokens_per_second * 0.001 / 4)
 
@@ -93,11 +100,11 @@ def test_a_step_costs_what_its_drafting_requests_cost() -> None:
     costs = {1: StepCost(1.0, 1.5, 0.1, 0.01), 8: StepCost(2.0, 4.0, 0.4, 0.16)}
     rule = LoadRule(SHAPE, costs, ACCEPTANCE)
     for measured, drafting in ((1, 1), (8, 5)):
-        levels, nodes, _ = rule._sizes[measured]
+        size = levels, nodes, _ = rule._sizes[measured, 0]
         own = costs[measured]
         expected = 2.0 + (own.tree(1, 1) - own.plain) + own.level * (levels - 1) + 0.16 / 8 * nodes * drafting
-        assert rule._seconds(8, drafting, 0) == pytest.approx(expected)
-    assert rule._seconds(8, 8, 0) == pytest.approx(costs[8].tree(rule._sizes[8].levels, 1 + rule._sizes[8].nodes))
+        assert rule._seconds(8, drafting, size, 0) == pytest.approx(expected)
+    assert rule._seconds(8, 8, size, 0) == pytest.approx(costs[8].tree(levels, 1 + nodes))
 
 
 def test_a_draft_cache_that_is_far_behind_must_pay_until_the_request_ends() -> None:
@@ -141,12 +148,12 @@ def test_a_request_that_becomes_easy_is_found_and_one_that_becomes_hard_is_dropp
 
 def test_who_drafts_goes_on_where_nobody_would_begin() -> None:
     """Estimates move with every step's luck: between the two limits things stay as they are."""
-    rule, requests = LoadRule(SHAPE, machine(0.0, 0.1), ACCEPTANCE), crowd(1)
+    rule, requests = experienced(SHAPE, machine(0.0, 0.1), ACCEPTANCE), crowd(1)
     assert play(rule, requests, lambda _: 3, 3) == [["0"]] * 3
 
     def drafts_at(gain: float) -> bool:
         rule._rest = 0
-        requests[0].worth = (rule._seconds(1, 1, 0) * gain - 1) / rule._sizes[1].gain
+        requests[0].worth = (rule._seconds(1, 1, rule._sizes[1, 0], 0) * gain - 1) / rule._sizes[1, 0].gain
         return bool(rule.choose(requests).drafting)
 
     between = (budget.START_GAIN + budget.STOP_GAIN) / 2
@@ -154,6 +161,15 @@ def test_who_drafts_goes_on_where_nobody_would_begin() -> None:
     assert not drafts_at(budget.STOP_GAIN - 0.01)
     assert not drafts_at(between)
     assert drafts_at(budget.START_GAIN + 0.01)
+
+
+@pytest.mark.parametrize("batch", [1, 32])
+def test_what_is_unknown_is_tried(batch: int) -> None:
+    """An estimate of nothing must not decide that nothing will ever be known."""
+    rule = LoadRule(SHAPE, {batch: StepCost(1.0, 4.0, 1.0, 1.0)}, ACCEPTANCE)
+    history = play(rule, crowd(batch, 1.0), lambda _: 1, 100)
+    assert sum(map(len, history[: budget.EAGER * budget.TRIES])) == budget.TRIES
+    assert sum(map(len, history[budget.EAGER * budget.TRIES :])) < 4
 
 
 def test_useless_tries_become_rare() -> None:
@@ -174,7 +190,7 @@ def test_clocks_find_that_drafting_costs_more_than_the_model_says(batch: int) ->
 
 
 def test_clocks_find_that_drafting_costs_less_than_the_model_says() -> None:
-    rule = LoadRule(SHAPE, {1: StepCost(1.0, 4.0, 0.1, 0.02)}, ACCEPTANCE)
+    rule = experienced(SHAPE, {1: StepCost(1.0, 4.0, 0.1, 0.02)}, ACCEPTANCE)
     history = play(rule, crowd(1), lambda _: 2, 1500, lambda _, drafting: 1.3 if drafting else 1.0)
     assert sum(map(bool, history[:60])) < 20
     assert sum(map(bool, history[1200:])) > 290
@@ -202,7 +218,7 @@ def test_what_the_warm_accept_says_nothing_about_the_cold() -> None:
 
 
 def test_a_load_that_leaves_no_room_is_followed_at_once() -> None:
-    rule = LoadRule(SHAPE, {1: StepCost(1.0, 1.2, 0.05, 0.02), 32: StepCost(1.0, 4.0, 1.0, 1.0)}, ACCEPTANCE)
+    rule = experienced(SHAPE, {1: StepCost(1.0, 1.2, 0.05, 0.02), 32: StepCost(1.0, 4.0, 1.0, 1.0)}, ACCEPTANCE)
     assert play(rule, crowd(1), lambda _: 4, 5) == [["0"]] * 5
     assert play(rule, crowd(32), lambda _: 4, 5) == [[]] * 5
     assert play(rule, crowd(1), lambda _: 4, 5) == [["0"]] * 5
@@ -222,7 +238,7 @@ def test_the_estimate_meets_the_truth() -> None:
     usual = 1.8 + (2.2 - 1.8) / 8  # accepted of a tree of 9 nodes
     assert [r.worth for r in requests] == pytest.approx([1 / usual, 2 / usual], abs=0.01)
     assert rule._worth_of(request("new")) == pytest.approx(1.5 / usual, abs=0.05)
-    assert rule._sizes[2] == pytest.approx((3, 8, usual), abs=0.01)
+    assert rule._sizes[2, 0] == pytest.approx((3, 8, usual), abs=0.01)
 
 
 def test_what_is_known_of_large_trees_is_expected_of_small_ones_in_proportion() -> None:
@@ -231,7 +247,7 @@ def test_what_is_known_of_large_trees_is_expected_of_small_ones_in_proportion() 
     rule, requests = LoadRule(SHAPE, costs, ACCEPTANCE), crowd(8)
     for alone in requests:
         play(rule, [alone], lambda _: 1, 50)
-    rule._sizes[8] = rule._sizes[8]._replace(nodes=1.0, gain=0.6)
+    rule._sizes[8, 0] = rule._sizes[8, 0]._replace(nodes=1.0, gain=0.6)
     assert len(rule.choose(requests).drafting) < 8, "1 of 1.85 accepted makes 0.32 of 0.6, in 1.5 times the time"
     easy = crowd(8)
     for alone in easy:
@@ -346,5 +362,5 @@ def test_measuring_ends_and_larger_batches_then_decode_plainly(monkeypatch: pyte
     monkeypatch.setattr(budget, "MEASURING_SECONDS", 0.005)
     costs = measure_costs(true_cost, true_sync, SHAPE, 32)
     assert costs[1].base < 1 < costs[32].base
-    rule = LoadRule(SHAPE, costs, ACCEPTANCE)
+    rule = experienced(SHAPE, costs, ACCEPTANCE)
     assert not any(play(rule, crowd(32), lambda _: 5, budget.PROBE - 1))
