@@ -65,7 +65,7 @@ def play(
 def experienced(*args) -> LoadRule:
     """A rule that has seen enough of every class to trust its estimates."""
     rule = LoadRule(*args)
-    rule._tries.update({warmth: budget.TRIES for warmth in range(WARMEST + 1)})
+    rule._tries.update(dict.fromkeys(range(WARMEST + 1), budget.TRIES))
     return rule
 
 
