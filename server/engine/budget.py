@@ -3,13 +3,12 @@
 import math
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
-from tqdm import tqdm
-
+from server.engine.costs import StepCost, powers_of_two
 from server.engine.drafter import TreeShape
 from server.engine.request import WARMEST, Request
 
@@ -23,31 +22,11 @@ EAGER = 2  # which does so once in so many steps, whatever is expected of it
 CHECK, FIRST_CHECKS = 64, (6, 16, 32)  # drafting steps of which one decodes plainly, to compare them; which do so before
 NEIGHBOURS, ENOUGH = 9, 5  # steps of the other kind that a step is compared with, and how many of them must be at hand
 _LEARNING, _LARGEST = 0.4, 0.5  # weight of a comparison, and the most that it may say, as a logarithm: single steps are noisy
-MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
-TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
-MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
 _COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
 _OWN, _SHARED = 0.16, 0.05  # weight of what is new in an estimate of a request or of trees, and in one of a class of requests
 _FADING = 0.005  # of an idle request's own estimate, per step, towards its class's
 _REST = 7  # steps that a decision against drafting holds while the batch stays the same: it costs a hundredth of a step
-
-
-class StepCost(NamedTuple):
-    """Seconds of a step at one batch size: ``plain``, or ``base`` + ``level`` for each level but the first + ``node`` for each node.
-
-    ``row``: for each row but the first that a request's draft cache is behind, which is a row per committed token.
-    """
-
-    plain: float
-    base: float
-    level: float
-    node: float
-    row: float = 0.0
-
-    def tree(self, levels: int, nodes: int) -> float:
-        """Seconds of a step whose trees were grown by ``levels`` levels and verified with ``nodes`` nodes, the draft cache a row behind."""
-        return self.base + self.level * (levels - 1) + self.node * nodes
 
 
 @dataclass
@@ -68,7 +47,7 @@ class Plan:
 
 
 class _Size(NamedTuple):
-    """Trees as they turn out at one batch size, on average."""
+    """Trees as they turn out for one class of requests at one batch size, on average."""
 
     levels: float
     nodes: float  # drafted ones of a request
@@ -78,13 +57,14 @@ class _Size(NamedTuple):
 class LoadRule:
     """Decides at every step who drafts, and what a level and a node must be worth.
 
-    Of a request it is known how many drafted tokens it accepts per step beside what is usual for trees of such sizes (its worth), from
-    its own steps and those of its class (``warmth``); of a step, what it costs with m of n requests drafting. Those m requests draft that
-    make the most tokens per second of the whole
-    batch; at a load that leaves no room nobody does, and nothing is computed for it, but for one request every PROBE steps.
-    Within a tree, time has the price of the tokens that the batch commits in it as things go: a level or a node that is expected to bring
-    less is left out. Costs are modelled. Clocks correct the model in one point, what drafting steps cost beside plain ones: whenever a step
-    follows several of the other kind, their seconds are compared, so that what slows the machine as a whole says nothing.
+    Of a request it is known how many drafted tokens it accepts, beside what is usual for trees of such sizes (its worth), from its own
+    steps and those of its class (``warmth``); of a step, what it costs with m of n requests drafting. Those m requests draft that make
+    the most tokens per second of the whole batch; at a load that leaves no room nobody does, and nothing is computed for it, but for one
+    request now and then. Within a tree, time has the price of the tokens that the batch commits in it as things go: a level or a node
+    that is expected to bring less is left out.
+
+    Costs are modelled. Clocks correct the model in one point, what drafting steps cost beside plain ones: whenever a step follows several
+    of the other kind, their seconds are compared, so that what slows the machine as a whole says nothing.
 
     ``costs``: by batch size; ``acceptance``: tokens per verification by number of nodes of a fixed tree, which are usual.
     """
@@ -128,7 +108,7 @@ class LoadRule:
         """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
         best, worth, late = 0, 0.0, 0.0
         for count, request in enumerate(able, 1):
-            size = self._size_of(able[:count])
+            size = self._sizes[self._kind_of(able, count)]
             worth, late = worth + self._worth_of(request), late + self._late(request)
             accepted = min(worth * size.gain, size.nodes * count)
             faster = (batch + accepted) / self._seconds(batch, count, size, accepted + late)
@@ -170,7 +150,8 @@ class LoadRule:
             if seconds is not None and plan.batch:
                 self._compare(size, False, math.log(seconds / self.costs[size].plain))
             return
-        kind, count = self._kind_of(plan.drafting), len(plan.drafting)
+        count = len(plan.drafting)
+        kind = self._kind_of(plan.drafting, count)
         gains = [_interpolate(self._usual, 1 + drafted) for _, drafted, _ in plan.drafts]
         new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
         if seconds is not None and 2 * count > plan.batch:
@@ -204,15 +185,12 @@ class LoadRule:
         behind = request.num_pending - self.shape.nodes
         if behind <= 0:
             return 0.0
-        accepted = self._worth_of(request) * self._size_of([request]).gain
+        accepted = self._worth_of(request) * self._sizes[self._batches[0], request.warmth].gain
         return behind / max(1.0, (request.params.max_tokens - request.num_output) / (1 + accepted))
 
-    def _kind_of(self, drafting: list[Request]) -> tuple[int, int]:
-        """Which trees are alike: their number, as measured, and the class of their requests, of the one in the middle where they differ."""
-        return self._measured(len(drafting)), drafting[len(drafting) // 2].warmth
-
-    def _size_of(self, drafting: list[Request]) -> _Size:
-        return self._sizes[self._kind_of(drafting)]
+    def _kind_of(self, requests: list[Request], count: int) -> tuple[int, int]:
+        """Which trees are like those of the first ``count`` requests: as many, as measured, and of the class of the one in the middle."""
+        return self._measured(count), requests[count // 2].warmth
 
     def _first_size(self, batch: int, warmth: int) -> _Size:
         """The best fixed tree by the figures known beforehand."""
@@ -240,7 +218,7 @@ class LoadRule:
 class FreeDraftRule(LoadRule):
     """The load rule where drafting costs nothing: trees are known before it is decided, so each step's own tree says what it will bring.
 
-    Plain decoding is what a tree must beat, START_GAIN times; the price of a level is that of all but its nodes.
+    Plain decoding is what a tree must beat, START_GAIN times; the price of a level is that of all but its nodes. Nothing is learned.
     """
 
     def choose(self, requests: list[Request]) -> Plan:
@@ -249,51 +227,13 @@ class FreeDraftRule(LoadRule):
         shape = self.shape._replace(level_price=needed * cost.tree(1, 1) - batch, node_price=needed * cost.node / batch)
         return Plan(shape, [request for request in requests if request.max_draft_nodes > 0])
 
-
-def powers_of_two(limit: int) -> list[int]:
-    """1, 2, 4, ... and ``limit``."""
-    return sorted({limit, *(1 << i for i in range(limit.bit_length()) if 1 << i <= limit)})
+    def observe(self, plan: Plan, seconds: float | None) -> None:
+        pass
 
 
 def default_acceptance(nodes: int) -> dict[int, float]:
     """A cautious guess for heads without calibration."""
     return {n: 1 + _UNKNOWN_GAIN_PER_DOUBLING * math.log2(n) for n in powers_of_two(nodes)}
-
-
-def measure_costs(
-    run: Callable[[int, TreeShape], float], sync: Callable[[int, int], float], shape: TreeShape, max_batch: int
-) -> dict[int, StepCost]:
-    """Time steps at batch sizes 1, 2, 4, ...; ``run(batch, shape)`` does one with the draft cache up to date, and returns its seconds;
-    ``sync(batch, rows)`` brings it up to date after so many rows of every request.
-
-    Four kinds of step tell the parts of the cost: plain, one level with one drafted node, all levels with one, all levels with all
-    nodes; and two numbers of rows. They take turns, so that another program's burst of work hits them all, and the best of a few turns
-    counts. Once MEASURING_SECONDS are spent, larger batches are taken to decode plainly.
-    """
-    slim = shape._replace(nodes=2)
-    kinds = (shape.shrunk(1), slim._replace(depth=1), slim, shape)
-    costs: dict[int, StepCost] = {}
-    spent = 0.0
-    for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
-        best, until = [math.inf] * (len(kinds) + 2), spent + TURN_SECONDS
-        if spent > MEASURING_SECONDS:
-            costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=1e9)
-            continue
-        for _ in range(MAX_TURNS):
-            turn = [*(run(batch, kind) for kind in kinds), *(sync(batch, rows) for rows in (1, MEASURED_ROWS))]
-            best, spent = list(map(min, best, turn)), spent + sum(turn)
-            if spent > until:
-                break
-        costs[batch] = _parts(best, shape, batch)
-    return costs
-
-
-def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:
-    """The cost's parts from what ``measure_costs`` timed."""
-    plain, one_level, all_levels, all_nodes, row, rows = seconds
-    node = max(0.0, all_nodes - all_levels) / max(1, shape.nodes - 2)
-    level = max(0.0, all_levels - one_level) / max(1, shape.depth - 1)
-    return StepCost(plain, one_level + row - 2 * node, level, node, max(0.0, rows - row) / (MEASURED_ROWS - 1) / batch)
 
 
 def _interpolate(points: Mapping[int, float], x: int) -> float:

@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerFast
 
 from drafts.eagle3 import DraftTemperature, Eagle3Head
 from kernels.tree_mask import MAX_NODES
-from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptance, measure_costs
+from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptance
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
+from server.engine.costs import measure_costs
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.grammar import Grammars
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks

@@ -10,7 +10,8 @@ import torch
 
 from kernels.best_nodes import best_nodes
 from server.engine import budget
-from server.engine.budget import FreeDraftRule, LoadRule, StepCost, default_acceptance, measure_costs, powers_of_two
+from server.engine.budget import FreeDraftRule, LoadRule, default_acceptance
+from server.engine.costs import MAX_TURNS, StepCost, measure_costs, powers_of_two
 from server.engine.drafter import TreeShape, _worthwhile
 from server.engine.request import WARMEST, Request
 from server.engine.types import SamplingParams
@@ -336,7 +337,7 @@ def test_measuring_finds_the_parts_of_the_cost() -> None:
     for batch, cost in costs.items():
         assert cost == pytest.approx(StepCost(1e-3, 1.2e-3 + true_sync(batch, 1), 0.3e-3, 0.01e-3 * batch, 0.02e-3))
         assert cost.tree(3, 8) == pytest.approx(true_cost(batch, TreeShape(8, 3, 4)) + true_sync(batch, 1))
-    assert all(ran.count((1, shape)) == budget.MAX_TURNS for _, shape in ran)
+    assert all(ran.count((1, shape)) == MAX_TURNS for _, shape in ran)
     assert all(shape.lookahead <= SHAPE.lookahead for _, shape in ran)
 
 
@@ -359,7 +360,7 @@ def test_a_burst_of_other_work_hits_no_single_kind_of_step() -> None:
 
 
 def test_measuring_ends_and_larger_batches_then_decode_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "MEASURING_SECONDS", 0.005)
+    monkeypatch.setattr("server.engine.costs.MEASURING_SECONDS", 0.005)
     costs = measure_costs(true_cost, true_sync, SHAPE, 32)
     assert costs[1].base < 1 < costs[32].base
     rule = experienced(SHAPE, costs, ACCEPTANCE)

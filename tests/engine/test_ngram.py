@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from server.engine.budget import FreeDraftRule, Plan, StepCost
+from server.engine.budget import FreeDraftRule, Plan
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig
+from server.engine.costs import StepCost
 from server.engine.drafter import TreeShape
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.ngram import BRANCHES, LONGEST, OCCURRENCES, SHORTEST, Draft, NgramIndex, Ngrams, Rates

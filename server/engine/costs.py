@@ -1,0 +1,71 @@
+"""What steps cost on this machine, by measurement at start."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from server.engine.drafter import TreeShape
+
+MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
+TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
+MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
+
+
+class StepCost(NamedTuple):
+    """Seconds of a step at one batch size: ``plain``, or ``base`` + ``level`` for each level but the first + ``node`` for each node.
+
+    ``row``: for each row but the first that a request's draft cache is behind, which is a row per committed token.
+    """
+
+    plain: float
+    base: float
+    level: float
+    node: float
+    row: float = 0.0
+
+    def tree(self, levels: int, nodes: int) -> float:
+        """Seconds of a step whose trees were grown by ``levels`` levels and verified with ``nodes`` nodes, the draft cache a row behind."""
+        return self.base + self.level * (levels - 1) + self.node * nodes
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, ... and ``limit``."""
+    return sorted({limit, *(1 << i for i in range(limit.bit_length()) if 1 << i <= limit)})
+
+
+def measure_costs(
+    run: Callable[[int, TreeShape], float], sync: Callable[[int, int], float], shape: TreeShape, max_batch: int
+) -> dict[int, StepCost]:
+    """Time steps at batch sizes 1, 2, 4, ...; ``run(batch, shape)`` does one with the draft cache up to date, and returns its seconds;
+    ``sync(batch, rows)`` brings it up to date after so many rows of every request.
+
+    Four kinds of step tell the parts of the cost: plain, one level with one drafted node, all levels with one, all levels with all
+    nodes; and two numbers of rows. They take turns, so that another program's burst of work hits them all, and the best of a few turns
+    counts. Once MEASURING_SECONDS are spent, larger batches are taken to decode plainly.
+    """
+    slim = shape._replace(nodes=2)
+    kinds = (shape.shrunk(1), slim._replace(depth=1), slim, shape)
+    costs: dict[int, StepCost] = {}
+    spent = 0.0
+    for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
+        best, until = [math.inf] * (len(kinds) + 2), spent + TURN_SECONDS
+        if spent > MEASURING_SECONDS:
+            costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=1e9)
+            continue
+        for _ in range(MAX_TURNS):
+            turn = [*(run(batch, kind) for kind in kinds), *(sync(batch, rows) for rows in (1, MEASURED_ROWS))]
+            best, spent = list(map(min, best, turn)), spent + sum(turn)
+            if spent > until:
+                break
+        costs[batch] = _parts(best, shape, batch)
+    return costs
+
+
+def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:
+    """The cost's parts from what ``measure_costs`` timed."""
+    plain, one_level, all_levels, all_nodes, row, rows = seconds
+    node = max(0.0, all_nodes - all_levels) / max(1, shape.nodes - 2)
+    level = max(0.0, all_levels - one_level) / max(1, shape.depth - 1)
+    return StepCost(plain, one_level + row - 2 * node, level, node, max(0.0, rows - row) / (MEASURED_ROWS - 1) / batch)
