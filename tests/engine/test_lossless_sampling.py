@@ -144,8 +144,12 @@ def test_all_options_in_one_batch(nodes: int, batch: int, model: PreTrainedModel
         check(result, expected[key], OPTIONS[key[0]])
 
 
-def test_tree_sizes_that_change_every_step(model: PreTrainedModel, expected: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the load rule may do at worst, with a real head: on, off, small, large."""
+@pytest.mark.parametrize("group_rows", [0, 24])
+def test_tree_sizes_that_change_every_step(
+    group_rows: int, model: PreTrainedModel, expected: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the load rule may do at worst, with a real head: on, off, small, large; trees of every size of their own, or of like sizes."""
+    monkeypatch.setattr("server.engine.pool.GROUP_ROWS", group_rows)
     engine = build(model, random_head(model), tree_nodes=33)
     full = engine.shape
     priced = [full._replace(level_price=level, node_price=node) for level, node in ((0.3, 0.0), (0.5, 0.05), (0.0, 0.2))]
