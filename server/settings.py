@@ -86,6 +86,9 @@ class Settings(BaseSettings):
     draft_temperature: float | Literal["auto"] = Field(
         "auto", description="temperature at which nodes are ranked; auto takes the values calibrated for the head, or learns them"
     )
+    cost_cache: Path | None = Field(
+        None, description="directory that keeps the measured costs of steps for the next start of the same model on the same machine"
+    )
     block_size: int = Field(DEFAULTS.block_size, ge=1, le=1024, description="tokens in a block of the KV cache")
     kv_cache_memory: ByteSize | None = Field(
         None, gt=0, description="bytes for the KV cache (units such as 2GiB allowed); chosen by default"
@@ -216,6 +219,7 @@ class Settings(BaseSettings):
             tree_depth=self.tree_depth,
             tree_topk=self.tree_topk,
             draft_temperature=None if self.draft_temperature == "auto" else self.draft_temperature,
+            cost_cache=self.cost_cache,
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,
             prefix_caching=self.prefix_caching,

@@ -20,6 +20,7 @@ class EngineConfig:
 
     ``draft_temperature`` None takes the values calibrated for the head, and learns them while serving where it has none.
     ``load_rule`` False keeps ``tree_nodes`` whatever the load, and learns nothing.
+    ``cost_cache``: directory that keeps the measured costs of steps for the next start of the same model on the same machine.
     ``threads``: of matrix products on a CPU; None takes what is fastest, as measured at start (threads.py).
     ``kv_cache_memory`` in bytes; None chooses (see kv_cache.py). ``max_model_len`` in tokens; None takes the model's own.
     """
@@ -37,6 +38,7 @@ class EngineConfig:
     draft_temperature: float | None = None
     ngrams: bool = True
     load_rule: bool = True
+    cost_cache: Path | None = None
     block_size: int = 16
     kv_cache_memory: int | None = None
     prefix_caching: bool = True

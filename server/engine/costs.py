@@ -1,13 +1,18 @@
 """What steps cost on this machine, by measurement at start."""
 
+import hashlib
+import json
+import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 from server.engine.drafter import TreeShape
 
+logger = logging.getLogger(__name__)
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
 MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
@@ -69,3 +74,25 @@ def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:
     node = max(0.0, all_nodes - all_levels) / max(1, shape.nodes - 2)
     level = max(0.0, all_levels - one_level) / max(1, shape.depth - 1)
     return StepCost(plain, one_level + row - 2 * node, level, node, max(0.0, rows - row) / (MEASURED_ROWS - 1) / batch)
+
+
+def kept_costs(directory: Path | None, key: str, measure: Callable[[], dict[int, StepCost]]) -> dict[int, StepCost]:
+    """What ``measure`` found at an earlier start for the same ``key``, from a file in ``directory``; else what it finds now, kept there.
+
+    A file that cannot be read or written costs a warning and a measurement. ``directory`` None keeps nothing.
+    """
+    if directory is None:
+        return measure()
+    path = directory / f"step-costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        if path.exists():
+            return {int(batch): StepCost(**parts) for batch, parts in json.loads(path.read_text())["costs"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning("the step costs in %s cannot be read and are measured anew: %s", path, error)
+    costs = measure()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"of": key, "costs": {batch: cost._asdict() for batch, cost in costs.items()}}, indent=2) + "\n")
+    except OSError as error:
+        logger.warning("the step costs cannot be kept in %s: %s", path, error)
+    return costs

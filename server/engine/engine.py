@@ -15,7 +15,7 @@ from kernels.tree_mask import MAX_NODES
 from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptance
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
-from server.engine.costs import measure_costs
+from server.engine.costs import kept_costs, measure_costs
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.grammar import Grammars
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
@@ -27,6 +27,7 @@ from server.engine.request import Request
 from server.engine.scheduler import Scheduler
 from server.engine.steps import Steps
 from server.engine.target import Target
+from server.engine.threads import machine
 from server.engine.types import RequestOutput, SamplingParams, StepStats
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self.load_rule: LoadRule | None = None
         if drafts and config.load_rule and self.shape.nodes > 1:
-            self.load_rule = self._measure(head, config.max_num_seqs)
+            self.load_rule = self._measure(target, head, config)
         if drafts and (config.ngrams or head is None):
             self.proposer.ngrams = Ngrams()
         if head and config.load_rule and self.proposer.sigma is DEFAULT_SIGMA:
@@ -230,7 +231,7 @@ class Engine:
         if self.proposer.drafter:
             self.proposer.drafter.cache.clear(blocks)
 
-    def _measure(self, head: Eagle3Head | None, max_batch: int) -> LoadRule:
+    def _measure(self, target: Target, head: Eagle3Head | None, config: EngineConfig) -> LoadRule:
         """Time whole steps of requests made for it: what decides how much a load may draft."""
         self.proposer.ngrams = None if head else FullDrafts()
         full, prompt = self.shape, [0] * max(1, min(MEASURED_PROMPT, self.max_request_tokens // 2))
@@ -250,7 +251,9 @@ class Engine:
         def sync(batch: int, rows: int) -> float:
             return self.proposer.sync_seconds(self.scheduler.decoding(), rows)
 
-        costs = measure_costs(run, sync, full, max_batch)
+        steps = f"{full}, prompts of {len(prompt)} and {params.max_tokens} tokens, batches up to {config.max_num_seqs}"
+        what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
+        costs = kept_costs(config.cost_cache, what, lambda: measure_costs(run, sync, full, config.max_num_seqs))
         self.shape = full
         for request_id, request in list(self._requests.items()):
             if request in self.scheduler.running:  # all are, unless the cache is too small for them

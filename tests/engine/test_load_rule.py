@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter as Tally
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,11 @@ import torch
 from kernels.best_nodes import best_nodes
 from server.engine import budget
 from server.engine.budget import FreeDraftRule, LoadRule, default_acceptance
-from server.engine.costs import MAX_TURNS, StepCost, measure_costs, powers_of_two
+from server.engine.costs import MAX_TURNS, StepCost, kept_costs, measure_costs, powers_of_two
 from server.engine.drafter import TreeShape, _worthwhile
 from server.engine.request import WARMEST, Request
 from server.engine.types import SamplingParams
-from tests.engine.engines import byte_tokenizer
+from tests.engine.engines import build, byte_tokenizer, random_head, tiny_model
 
 SHAPE = TreeShape(16, 5, 4)
 ACCEPTANCE = {1: 1.0, 2: 1.6, 4: 2.2, 8: 2.8, 16: 3.2}
@@ -365,3 +366,40 @@ def test_measuring_ends_and_larger_batches_then_decode_plainly(monkeypatch: pyte
     assert costs[1].base < 1 < costs[32].base
     rule = experienced(SHAPE, costs, ACCEPTANCE)
     assert not any(play(rule, crowd(32), lambda _: 5, budget.PROBE - 1))
+
+
+def test_costs_are_kept_for_the_next_start(tmp_path: Path) -> None:
+    found = iter((machine(0.1, 0.05), machine(0.2, 0.1), machine(0.3, 0.2)))
+    first = kept_costs(tmp_path / "new", "a model", lambda: next(found))
+    assert kept_costs(tmp_path / "new", "a model", lambda: next(found)) == first == machine(0.1, 0.05)
+    assert kept_costs(tmp_path / "new", "another", lambda: next(found)) == machine(0.2, 0.1)
+    assert kept_costs(None, "a model", lambda: next(found)) == machine(0.3, 0.2)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"costs": {"1": {"plain": 1}}}', '{"costs": {"x": {}}}', b"\xff"])
+def test_a_file_of_costs_that_is_broken_is_replaced(text: str | bytes, tmp_path: Path) -> None:
+    kept_costs(tmp_path, "a model", lambda: machine(0.1, 0.05))
+    [file] = tmp_path.iterdir()
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert kept_costs(tmp_path, "a model", lambda: machine(0.2, 0.1)) == machine(0.2, 0.1)
+    assert kept_costs(tmp_path, "a model", dict) == machine(0.2, 0.1)
+
+
+def test_costs_that_cannot_be_kept_are_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    assert kept_costs(tmp_path / "file" / "below", "a model", lambda: machine(0.1, 0.05)) == machine(0.1, 0.05)
+    assert "cannot be kept" in caplog.text
+
+
+def test_an_engine_starts_with_the_costs_of_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    first = build(model, random_head(model), load_rule=True, cost_cache=tmp_path)
+    monkeypatch.setattr("server.engine.engine.measure_costs", lambda *_: pytest.fail("measured again"))
+    second = build(model, random_head(model), load_rule=True, cost_cache=tmp_path)
+    assert first.load_rule is not None
+    assert second.load_rule is not None
+    assert second.load_rule.costs == first.load_rule.costs
+    monkeypatch.setattr("server.engine.engine.measure_costs", lambda *_: machine(0.1, 0.1))
+    other = build(model, random_head(model), load_rule=True, cost_cache=tmp_path, tree_nodes=4)
+    assert other.load_rule is not None
+    assert other.load_rule.costs == machine(0.1, 0.1)

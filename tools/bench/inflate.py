@@ -157,9 +157,10 @@ def write_shards(path: Path, parts: Iterator[dict[str, Tensor]], dtype: torch.dt
     return parameters
 
 
-def inflated_config(config: PreTrainedConfig, inflater: Inflater, dtype: torch.dtype) -> PreTrainedConfig:
+def inflated_config(config: PreTrainedConfig, inflater: Inflater, dtype: torch.dtype, context: int) -> PreTrainedConfig:
     new = copy.deepcopy(config)
     new.update({**asdict(inflater.new), "rms_norm_eps": inflater.eps(config.rms_norm_eps), "tie_word_embeddings": False, "dtype": dtype})
+    new.max_position_embeddings = max(context, config.max_position_embeddings)
     return new
 
 
@@ -184,8 +185,10 @@ def read_pair(target: str, draft: str) -> tuple[PreTrainedConfig, Eagle3Head]:
     return config, head
 
 
-def inflate(target: str, draft: str, like: str, output: Path, dtype: torch.dtype) -> None:
-    """Write OUTPUT/target and OUTPUT/draft and say what they are. Raises InflateError, or DraftError for the head."""
+def inflate(target: str, draft: str, like: str, output: Path, dtype: torch.dtype, context: int = 0) -> None:
+    """Write OUTPUT/target and OUTPUT/draft, of ``context`` positions at least, and say what they are. Raises InflateError, or DraftError for
+    the head.
+    """
     if taken := [path for path in (output / "target", output / "draft") if path.exists()]:
         raise InflateError(f"{taken[0]} exists: give another --output, or remove it.")
     config, head = read_pair(target, draft)
@@ -196,7 +199,7 @@ def inflate(target: str, draft: str, like: str, output: Path, dtype: torch.dtype
     constant = shared_constant(own, (config.rms_norm_eps, head.config.rms_norm_eps))
     inflater = Inflater(own, shape, constant, torch.Generator().manual_seed(0))
     large = inflated_head(head, inflater)
-    new_config = inflated_config(config, inflater, dtype)
+    new_config = inflated_config(config, inflater, dtype, context)
     if large.metadata is not None:
         large.metadata = replace(large.metadata, target_hash=target_hash(new_config))
     save_head(output / "draft", large, dtype)
@@ -220,9 +223,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--like", required=True, metavar="SHAPE", help=f"{', '.join(LIKE)}, or sizes as in hidden_size=512,vocab_size=8192")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets target/ and draft/")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights on disk (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=0, metavar="N", help="positions to allow, if the target has fewer: beyond its own it says anything"
+    )
     args = parser.parse_args(argv)
     try:
-        inflate(args.target, args.draft, args.like, args.output, getattr(torch, args.dtype))
+        inflate(args.target, args.draft, args.like, args.output, getattr(torch, args.dtype), args.context)
     except (InflateError, DraftError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
