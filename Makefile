@@ -17,7 +17,7 @@ CLIENTS := build/clients/venv
 BENCH := build/bench/venv
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint bench bench-load bench-prefix bench-http bench-peers soak gpu-check conformance conformance-clients conformance-heads clean
+.PHONY: help serve test lint bench bench-load bench-laws bench-prefix bench-http bench-peers soak gpu-check conformance conformance-clients conformance-heads clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,9 @@ bench: $(VENV)/.dev ## the engine beside plain decoding and peers, in one run (A
 
 bench-load: $(VENV)/.dev ## speculation against plain decoding under a load that changes, step by step in turn (ARGS="--plot build/load.png ...")
 	$(PY) -m tools.bench.load $(ARGS)
+
+bench-laws: $(VENV)/.dev ## tokens per verification by the rule that accepts: shared noise, and what other engines use
+	$(PY) -m tools.bench.laws $(ARGS)
 
 bench-prefix: $(VENV)/.dev ## time to the first token of a prompt that the prefix cache has
 	$(PY) -m tools.bench.prefix $(ARGS)

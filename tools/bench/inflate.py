@@ -186,8 +186,9 @@ def read_pair(target: str, draft: str) -> tuple[PreTrainedConfig, Eagle3Head]:
 
 
 def inflate(target: str, draft: str, like: str, output: Path, dtype: torch.dtype, context: int = 0) -> None:
-    """Write OUTPUT/target and OUTPUT/draft, of ``context`` positions at least, and say what they are. Raises InflateError, or DraftError for
-    the head.
+    """Write OUTPUT/target and OUTPUT/draft, of ``context`` positions at least, and say what they are.
+
+    Raises InflateError, or DraftError for the head.
     """
     if taken := [path for path in (output / "target", output / "draft") if path.exists()]:
         raise InflateError(f"{taken[0]} exists: give another --output, or remove it.")
