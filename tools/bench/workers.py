@@ -68,13 +68,12 @@ def started(backend: str, python: str, threads: int, log: Path) -> Iterator[Work
 def environment(backend: str, python: str, threads: int) -> dict[str, str]:
     """The same for all, but for the OpenMP library that vLLM asks for on a CPU, where its own environment has it.
 
-    Threads that wait sleep unless the caller's environment says otherwise: one that spins takes a core from the system whose turn it is.
+    How threads wait is left to each system, as its users have it: they spin for milliseconds between two steps, and sleep between turns.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VSD_")}
     openmp = Path(python).parent.parent / "lib" / "libiomp5.so"
     preload = {"LD_PRELOAD": str(openmp)} if backend.startswith("vllm") and openmp.exists() else {}
     return {
-        "OMP_WAIT_POLICY": "PASSIVE",
         **preload,
         **inherited,
         "OMP_NUM_THREADS": str(threads),
