@@ -26,7 +26,7 @@ _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, fo
 _COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
 _OWN, _SHARED = 0.16, 0.05  # weight of what is new in an estimate of a request or of trees, and in one of a class of requests
 _FADING = 0.005  # of an idle request's own estimate, per step, towards its class's
-_REST = 7  # steps that a decision against drafting holds while the batch stays the same: it costs a hundredth of a step
+_REST = 7  # steps that a decision against drafting holds while the batch stays the same: it takes up to a fiftieth of a plain step
 
 
 @dataclass

@@ -4,10 +4,13 @@ import hashlib
 import json
 import logging
 import math
+import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from tqdm import tqdm
 
 from server.engine.drafter import TreeShape
@@ -74,6 +77,16 @@ def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:
     node = max(0.0, all_nodes - all_levels) / max(1, shape.nodes - 2)
     level = max(0.0, all_levels - one_level) / max(1, shape.depth - 1)
     return StepCost(plain, one_level + row - 2 * node, level, node, max(0.0, rows - row) / (MEASURED_ROWS - 1) / batch)
+
+
+def machine(device: torch.device) -> str:
+    """What steps take their time on, in words that a restart does not change."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        processor = f"{platform.processor() or platform.machine()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        name = f"{processor}, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}"
 
 
 def kept_costs(directory: Path | None, key: str, measure: Callable[[], dict[int, StepCost]]) -> dict[int, StepCost]:

@@ -15,7 +15,7 @@ from kernels.tree_mask import MAX_NODES
 from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptance
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
-from server.engine.costs import kept_costs, measure_costs
+from server.engine.costs import kept_costs, machine, measure_costs
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.grammar import Grammars
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
@@ -27,7 +27,6 @@ from server.engine.request import Request
 from server.engine.scheduler import Scheduler
 from server.engine.steps import Steps
 from server.engine.target import Target
-from server.engine.threads import machine
 from server.engine.types import RequestOutput, SamplingParams, StepStats
 
 logger = logging.getLogger(__name__)

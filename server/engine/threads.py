@@ -1,6 +1,5 @@
 """How many CPU threads a step runs on: what is fastest here, by measurement."""
 
-import platform
 import time
 from collections.abc import Callable
 
@@ -43,12 +42,3 @@ def _forward(target: Target, rows: int) -> Callable[[], object]:
     return lambda: target.forward(
         tokens, TreeLayout(torch.ones(1, 1, dtype=torch.long), length, torch.arange(rows)[None], None, None, block_size, 0), cache
     )
-
-
-def machine(device: torch.device) -> str:
-    """What steps take their time on, in words: the same after a restart."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    return f"{platform.node()}, {name}, torch {torch.__version__}"

@@ -7,8 +7,9 @@ from transformers import PreTrainedModel
 from drafts.eagle3 import HeadMetadata
 from server.engine.calibration import HIGH, LOW, LearnedSigma
 from server.engine.engine import DEFAULT_SIGMA
-from server.engine.types import SamplingParams
-from tests.engine.engines import build, random_head, run, tiny_model
+from server.engine.request import Request
+from server.engine.types import SamplingParams, Verdict
+from tests.engine.engines import build, byte_tokenizer, random_head, run, tiny_model
 
 PROMPTS = ([72, 101], [40, 41, 42, 43], [200, 7, 7], [65] * 9)
 
@@ -55,6 +56,19 @@ def test_texts_stay_while_sigma_moves(model: PreTrainedModel) -> None:
     engine.proposer.learned = LearnedSigma(DEFAULT_SIGMA)
     assert [result.token_ids for result in run(engine, requests)] == [result.token_ids for result in plain]
     assert engine.proposer.sigma != DEFAULT_SIGMA
+
+
+def test_parts_of_a_batch_learn_from_their_own_guesses(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(model, random_head(model), tree_nodes=4)
+    proposer, learned, told = engine.proposer, LearnedSigma(DEFAULT_SIGMA), []
+    proposer.learned = learned
+    monkeypatch.setattr(learned, "observe", lambda *said: told.append(said))
+    proposer.drafter.guesses = torch.tensor([7, 8, 9]), torch.tensor([0.25, 0.5, 0.75]).log()
+    params, tokenizer = SamplingParams(temperature=0), byte_tokenizer().backend_tokenizer
+    requests = [Request.create(name, [1], params, 0, frozenset(), tokenizer, 260) for name in "ab"]
+    none = torch.zeros(2, 1, dtype=torch.long)
+    proposer.learn(requests, [2, 0], Verdict(none, none[:, 0], torch.tensor([[9], [8]])))
+    assert told == [(0.0, 0.75, True), (0.0, 0.25, False)]
 
 
 def test_only_uncalibrated_heads_learn(model: PreTrainedModel) -> None:

@@ -39,15 +39,17 @@ def test_every_position_has_its_noise(entries: int, monkeypatch: pytest.MonkeyPa
             r.token_ids += [0] * rng.randint(0, depths)
 
 
-def test_no_run_is_made_twice_or_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reaches", [(6,), (6, 1, 14, 1)])
+def test_no_run_is_made_twice_or_kept_for_ever(reaches: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far the steps look ahead, in turns."""
     monkeypatch.setattr(sampling, "RUN_ENTRIES", 4 * VOCAB)
     made: list[int] = []
     monkeypatch.setattr(
         sampling, "gumbel_noise", lambda seeds, positions, size: made.extend(positions.tolist()) or torch.rand(len(seeds), size)
     )
     r = request(4, 1.0)  # of 5 tokens
-    for _ in range(40):
-        batch_noise([r], 6, VOCAB, CPU)
+    for step in range(40):
+        batch_noise([r], reaches[step % len(reaches)], VOCAB, CPU)
         r.token_ids.append(0)
-        assert len(r.noise) <= 3
-    assert made == list(range(4, 52))
+        assert len(r.noise) <= 5
+    assert made == list(range(4, made[-1] + 1))

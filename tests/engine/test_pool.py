@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.tree_mask import tree_mask
-from server.engine.pool import GROUP_ROWS, by_width, narrowed
+from server.engine.pool import GROUP_ROWS, Pool, best_tree, by_width, narrowed
 from server.engine.types import Tree
 
 NODES = 16
@@ -48,3 +48,14 @@ def test_narrowed_trees_are_the_same_trees(widths: list[int], data: st.DataObjec
     for row, place in enumerate(places):
         for ours, whole in zip(part, tree, strict=True):
             assert torch.equal(ours[row, : widths[place]], whole[place, : widths[place]])
+
+
+@given(st.data())
+def test_dead_nodes_come_last(data: st.DataObject) -> None:
+    """Which is why a narrowed tree loses none that live."""
+    scores = torch.tensor([data.draw(st.lists(st.sampled_from([-0.5, -1.5, float("-inf")]), min_size=9, max_size=9)) for _ in range(4)])
+    pool = Pool(scores, torch.arange(9).expand(4, 9), torch.zeros(4, 9, dtype=torch.long))
+    tree = best_tree(torch.full((4,), 50), pool, 7, 0.0, 1)
+    live = tree.tokens >= 0
+    assert live.sum(1).tolist() == [1 + min(6, int(own)) for own in scores.isfinite().sum(1)]
+    assert not (live[:, 1:] & ~live[:, :-1]).any()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -40,7 +41,6 @@ from tools.bench.reference_rules import ReferenceDecoder
 from tools.prompts import PromptError, read_prompts
 from tools.train_vsd.generate import complete
 
-Measure = Callable[[Sequence[list[int]], float], float]
 TUNING = ROOT / "benchmarks" / "training" / "gsm8k_train.jsonl"
 TREES = ((4, 2, 3), (8, 3, 4), (16, 5, 6))  # nodes, depths, and most children
 CHAINS = (1, 2, 3, 5, 7)  # lengths
@@ -56,6 +56,15 @@ class Row:
     shape: str
     acceptance_length: float
     tokens_per_second: float
+
+
+class Shape(NamedTuple):
+    """What one verification holds: ``levels`` and drafted ``nodes``. ``measure``: (prompts, temperature) -> tokens per verification."""
+
+    name: str
+    levels: int
+    nodes: int
+    measure: Callable[[Sequence[list[int]], float], float]
 
 
 class Deterministic(Proposer):
@@ -104,15 +113,15 @@ class Bench:
         counts = [decoder.acceptance(prompt, self.max_tokens) for prompt in tqdm(prompts, desc=f"{paths} x {length}", leave=False)]
         return sum(committed for committed, _ in counts) / max(1, sum(steps for _, steps in counts))
 
-    def laws(self) -> dict[str, list[tuple[str, int, int, Measure]]]:
-        """By rule: shapes, with their levels, drafted nodes, and what measures them."""
+    def laws(self) -> dict[str, list[Shape]]:
+        """Shapes by rule."""
         trees = [TreeShape(nodes, depth, topk) for nodes, depth, topk in TREES]
 
-        def of_tree(engine: Engine) -> list[tuple[str, int, int, Measure]]:
-            return [(f"{t.nodes} nodes, depth {t.depth}", t.depth, t.nodes - 1, partial(self.tree, engine, t)) for t in trees]
+        def of_tree(engine: Engine) -> list[Shape]:
+            return [Shape(f"{t.nodes} nodes, depth {t.depth}", t.depth, t.nodes - 1, partial(self.tree, engine, t)) for t in trees]
 
-        def of_paths(shapes: Sequence[tuple[int, int]]) -> list[tuple[str, int, int, Measure]]:
-            return [(f"{count} x {length}", length, count * length, partial(self.paths, count, length)) for count, length in shapes]
+        def of_paths(shapes: Sequence[tuple[int, int]]) -> list[Shape]:
+            return [Shape(f"{count} x {length}", length, count * length, partial(self.paths, count, length)) for count, length in shapes]
 
         return {
             "shared noise": of_tree(self.ours),
@@ -124,15 +133,14 @@ class Bench:
 
 def compare(bench: Bench, tuning: Sequence[list[int]], prompts: Sequence[list[int]], temperature: float) -> Iterator[Row]:
     """Every rule at its best shape of the tuning prompts."""
+
+    def speed(shape: Shape, acceptance: float) -> float:
+        return acceptance / bench.cost.tree(shape.levels, 1 + shape.nodes)
+
     for law, shapes in bench.laws().items():
-
-        def speed(shape: tuple[str, int, int, Measure], prompts: Sequence[list[int]] = tuning) -> float:
-            _, levels, nodes, measure = shape
-            return measure(prompts, temperature) / bench.cost.tree(levels, 1 + nodes)
-
-        name, levels, nodes, measure = max(shapes, key=speed)
-        acceptance = measure(prompts, temperature)
-        yield Row(law, temperature, name, acceptance, acceptance / bench.cost.tree(levels, 1 + nodes))
+        best = max(shapes, key=lambda shape: speed(shape, shape.measure(tuning, temperature)))
+        acceptance = best.measure(prompts, temperature)
+        yield Row(law, temperature, best.name, acceptance, speed(best, acceptance))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,8 @@
-"""The rules by which other engines accept drafts at temperatures above 0, as pure functions of distributions and uniforms, and a decoder
-for one request that uses them. No cache, no batch: what is counted is tokens per verification.
+"""The rule by which other engines accept drafts at temperatures above 0, as a pure function of distributions and uniforms, and a decoder
+for one request that uses it. No cache, no batch: what is counted is tokens per verification.
 
-- p/q rejection on a chain: Leviathan et al. (2023), algorithm 1; Chen et al. (2023), algorithm 2.
-- Recursive rejection of candidates that were drawn independently: Miao et al. (SpecInfer, 2023), algorithm 2; a chain is one candidate.
+Recursive rejection of candidates that were drawn independently: Miao et al. (SpecInfer, 2023), algorithm 2. Of one candidate it is the
+p/q rule of chains: Leviathan et al. (2023), algorithm 1; Chen et al. (2023), algorithm 2.
 """
 
 from collections.abc import Sequence
@@ -29,20 +29,6 @@ def residual(p: Tensor, q: Tensor) -> Tensor:
     return left / left.sum() if left.sum() > 0 else p
 
 
-def chain_rejection(p: Tensor, q: Tensor, drafted: list[int], uniforms: Tensor) -> list[int]:
-    """The tokens that a verification commits: the accepted part of the chain, and one more.
-
-    p: float64 [K + 1, V], the target's distributions after 0..K drafted tokens; q: float64 [K, V], those that ``drafted`` was drawn
-    from; uniforms: float64 [K + 1] in [0, 1), independent of the draft. Token i is accepted with probability min(1, p / q); the first
-    rejected one is replaced by a draw from the residual; if none is, the token after the chain is drawn from p.
-    """
-    for i, token in enumerate(drafted):
-        if uniforms[i] * q[i, token] >= p[i, token]:
-            # The acceptance test used up this uniform: conditional on rejection it is not uniform any more.
-            return [*drafted[:i], sample(residual(p[i], q[i]), uniforms[-1])]
-    return [*drafted, sample(p[-1], uniforms[-1])]
-
-
 def recursive_rejection(p: Tensor, q: Tensor, paths: Sequence[Sequence[int]], uniforms: Tensor) -> list[int]:
     """The tokens that a verification of K paths of L tokens commits: the accepted part of one, and one more.
 
@@ -57,6 +43,7 @@ def recursive_rejection(p: Tensor, q: Tensor, paths: Sequence[Sequence[int]], un
         rest = p[left[0], level]
         for path in left:
             token = paths[path][level]
+            # The test uses up its number: conditional on rejection it is not uniform any more.
             if next(numbers) * q[path, level, token] < rest[token]:
                 break
             rest = residual(rest, q[path, level])
