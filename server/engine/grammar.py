@@ -1,4 +1,9 @@
-"""Grammars that an output must match: compiled once per description, and followed along every path of a request's tree."""
+"""Grammars that an output must match: compiled once per description, and followed along every path of a request's tree.
+
+llguidance is imported by the first request that has a grammar: the engine runs without it.
+"""
+
+from __future__ import annotations
 
 import threading
 from collections import OrderedDict
@@ -6,7 +11,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from llguidance import LLMatcher, LLTokenizer, grammar_from
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -15,6 +19,8 @@ from server.engine.config import EngineError
 from server.engine.types import Grammar, Tree
 
 if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
     from server.engine.request import Request
 
 MAX_CHARACTERS = 2**18  # of a description
@@ -99,6 +105,8 @@ class Grammars:
     def _compile(self, grammar: Grammar) -> LLMatcher:
         if len(grammar.text) > MAX_CHARACTERS:
             raise EngineError(f"the {grammar.kind} has {len(grammar.text)} characters; at most {MAX_CHARACTERS} are allowed")
+        from llguidance import LLMatcher
+
         tokenizer = self._llguidance_tokenizer()
         try:
             matcher = LLMatcher(tokenizer, _source(grammar), log_level=0)
@@ -110,6 +118,8 @@ class Grammars:
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
         """Made at the first use, which can take a second."""
+        from llguidance import LLTokenizer
+
         with self._tokenizer_lock:
             if self._tokenizer is None:
                 if not self._eos:
@@ -124,6 +134,8 @@ class Grammars:
 
 def _source(grammar: Grammar) -> str:
     """The description in the library's own form."""
+    from llguidance import LLMatcher, grammar_from
+
     if grammar.kind == "json_object":
         return LLMatcher.grammar_from_json_schema('{"type": "object"}', overrides={"whitespace_pattern": _SPACE})
     if grammar.kind == "json_schema":
@@ -148,7 +160,7 @@ def _first_line(reason: str) -> str:
     return " ".join(reason.split("\n<state>")[0].split())[:500]
 
 
-def constrain(requests: Sequence["Request"], tree: Tree, options: SamplingBatch, vocab_size: int) -> tuple[Tree, SamplingBatch]:
+def constrain(requests: Sequence[Request], tree: Tree, options: SamplingBatch, vocab_size: int) -> tuple[Tree, SamplingBatch]:
     """The trees without the nodes that a grammar forbids, and the options with what may follow the others.
 
     Requests without a grammar keep their trees, and a batch of such requests costs nothing.
