@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from kernels.gated_silu import gated_silu
 from kernels.rms_norm import rms_norm
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -171,8 +172,7 @@ class Eagle3Head(nn.Module):
         if self.temperature_shift is not None and temperature is not None:
             # After attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.
             y = y + temperature.to(y.dtype).unsqueeze(-1) * self.temperature_shift
-        gate, up = self.gate_up_proj(rms_norm(y, self.post_attention_layernorm, eps)).chunk(2, dim=-1)
-        y = y + self.down_proj(F.silu(gate) * up)
+        y = y + self.down_proj(gated_silu(self.gate_up_proj(rms_norm(y, self.post_attention_layernorm, eps))))
         return self._normed(y) if config.norm_output else y
 
     def output(self, y: Tensor) -> Tensor:

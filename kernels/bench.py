@@ -17,8 +17,11 @@ from torch import Tensor
 
 from kernels.best_nodes import best_nodes
 from kernels.draft_level import draft_level
+from kernels.gated_silu import gated_silu
 from kernels.kv_commit import kv_commit
 from kernels.noise import Noise, NoiseKey
+from kernels.rms_norm import add_rms_norm
+from kernels.rope_store import rope_store, rope_store_reference
 from kernels.sampling import Filters, SamplingBatch
 from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout
@@ -58,24 +61,29 @@ class Row:
 def microseconds(run: Callable[[], object]) -> float:
     """Median over replays of a graph of one call."""
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # compiles, and lets libraries allocate outside the capture
+    with torch.inference_mode(), torch.cuda.stream(stream):  # compiles, and lets libraries allocate outside the capture
         for _ in range(3):
             run()
     stream.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.inference_mode(), torch.cuda.graph(graph, stream=stream):
         run()
-    cold = torch.empty(256 << 20, dtype=torch.uint8, device=DEVICE)
+    cold = torch.zeros(64 << 20, device=DEVICE)
     times = []
     for _ in range(REPLAYS):
-        cold.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000)
+        cold.amax()  # read, not written: what is written would still have to leave the cache
+        times.append(_timed(graph.replay))
     return median(times)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """Microseconds of the device."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1000
 
 
 def parents(batch: int, nodes: int) -> Tensor:
@@ -163,6 +171,29 @@ def bookkeeping(batch: int = 32, nodes: int = 64, layers: int = 32, accepted: in
     yield Case(f"kv_commit, batch {batch}, {layers} layers", moved, lambda: kv_commit(k, v, tables, lengths, path))
 
 
+def layer(rows: int = 32, hidden: int = 4096, neurons: int = 14336) -> Iterator[Case]:
+    x, delta = (torch.randn(rows, hidden, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    weight = torch.ones(hidden, device=DEVICE, dtype=DTYPE)
+    yield Case(
+        f"add_rms_norm, {rows} rows", 4 * x.nbytes, lambda: add_rms_norm(x, delta, weight, 1e-5),
+        lambda: F.rms_norm(x + delta, (hidden,), weight, 1e-5),
+    )  # fmt: skip
+    gate_up = torch.randn(rows, 2 * neurons, device=DEVICE, dtype=DTYPE)
+    yield Case(
+        f"gated_silu, {rows} rows", 3 * gate_up.nbytes // 2, lambda: gated_silu(gate_up),
+        lambda: F.silu(gate_up[:, :neurons]) * gate_up[:, neurons:],
+    )  # fmt: skip
+    qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)
+    caches = [torch.zeros(64, BLOCK_SIZE, KV_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE) for _ in range(2)]
+    cos, sin = (torch.randn(rows, HEAD_DIM, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    slots, rotated = torch.randperm(64 * BLOCK_SIZE, device=DEVICE)[:rows], HEADS + KV_HEADS
+
+    def rotate(run: Callable[..., Tensor]) -> Callable[[], object]:
+        return lambda: run(qkv[:, :rotated], qkv[:, rotated:], cos, sin, slots, None, *caches)
+
+    yield Case(f"rope_store, {rows} rows", 2 * qkv.nbytes, rotate(rope_store), rotate(rope_store_reference))
+
+
 def cases() -> Iterator[Callable[[], Iterator[Case]]]:
     """Groups of cases, each made when its turn comes, so that their tensors do not pile up."""
     for batch in (1, 32):
@@ -172,13 +203,14 @@ def cases() -> Iterator[Callable[[], Iterator[Case]]]:
         yield lambda kind=kind: iter([verification(kind)])  # type: ignore[misc]
     yield drafting
     yield bookkeeping
+    yield layer
 
 
 def copy_rate() -> float:
     """Gigabytes per second of a device copy, read and written."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
+    source = torch.empty(2 << 30, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / microseconds(lambda: target.copy_(source)) / 1000
+    return 2 * source.nbytes / median(_timed(lambda: target.copy_(source)) for _ in range(REPLAYS)) / 1000
 
 
 def measure(case: Case, copy: float) -> Row:

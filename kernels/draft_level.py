@@ -54,7 +54,7 @@ def _of_draft(options: SamplingBatch, target_ids: Tensor | None) -> SamplingBatc
 
 @jit
 def tile_children_kernel(
-    logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, options: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
+    logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, sampling: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
     depth: tl.tensor, sigma: tl.tensor, target_ids: tl.tensor, values: tl.tensor, ids_out: tl.tensor, sums: tl.tensor,
     vocab: tl.tensor, topk: tl.tensor, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -64,7 +64,7 @@ def tile_children_kernel(
     tile, b, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
-    per_token = load_options(options, b, ids, vocab)
+    per_token = load_options(sampling, b, ids, vocab)
     gumbel = tl.zeros([BLOCK], tl.float32)
     if noise is not None:  # noqa: SIM102  (known when the kernel is compiled, and not)
         if tl.load(noise.sampled + b) != 0:
@@ -76,7 +76,7 @@ def tile_children_kernel(
     inverse_sigma = 1.0 / tl.load(sigma + b)
     for row in range(tree.nodes):
         x = tl.load(logits + b.to(tl.int64) * stride_b + row * stride_n + ids, mask=inside, other=float("-inf")).to(tl.float32)
-        x = adjust(x, options, per_token, tree, b, row, ids)
+        x = adjust(x, sampling, per_token, tree, b, row, ids)
         if cuts is not None:
             x = tl.where(x < tl.load(cuts + b * tree.nodes + row), float("-inf"), x)
         x = (x + gumbel) * inverse_sigma

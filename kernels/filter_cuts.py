@@ -72,28 +72,28 @@ def _cut(
 
 @jit
 def filter_cuts_kernel(
-    logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, options: tl.tuple, tree: tl.tuple, cuts: tl.tensor, vocab: tl.tensor,
+    logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, sampling: tl.tuple, tree: tl.tuple, cuts: tl.tensor, vocab: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (node, request). Passes after the first find the row in the L2 cache."""
     node, b = tl.program_id(0), tl.program_id(1)
-    top_k = tl.load(options.filters.top_k + b)
-    top_p = tl.load(options.filters.top_p + b)
-    min_p = tl.load(options.filters.min_p + b)
+    top_k = tl.load(sampling.filters.top_k + b)
+    top_p = tl.load(sampling.filters.top_p + b)
+    min_p = tl.load(sampling.filters.min_p + b)
     row = b.to(tl.int64) * stride_b + node * stride_n
     cut = tl.full([], float("-inf"), tl.float32)
     if (top_k < vocab) | (top_p < 1) | (min_p > 0):
         best = tl.full([BLOCK], float("-inf"), tl.float32)
         for first in range(0, vocab, BLOCK):
-            best = tl.maximum(best, _tile(logits, row, options, tree, b, node, first, vocab, BLOCK))
+            best = tl.maximum(best, _tile(logits, row, sampling, tree, b, node, first, vocab, BLOCK))
         top = tl.max(best)
         if (top > float("-inf")) & (top < float("inf")):
             below = cut
             if top_k < vocab:
-                cut, below = _cut(logits, row, options, tree, b, node, vocab, top, top_k.to(tl.float32), False, BLOCK)
+                cut, below = _cut(logits, row, sampling, tree, b, node, vocab, top, top_k.to(tl.float32), False, BLOCK)
             if top_p < 1:
-                kept, _, _ = _above(logits, row, options, tree, b, node, vocab, below, top, True, BLOCK)
-                enough, _ = _cut(logits, row, options, tree, b, node, vocab, top, top_p * kept, True, BLOCK)
+                kept, _, _ = _above(logits, row, sampling, tree, b, node, vocab, below, top, True, BLOCK)
+                enough, _ = _cut(logits, row, sampling, tree, b, node, vocab, top, top_p * kept, True, BLOCK)
                 cut = tl.maximum(cut, enough)
             if min_p > 0:
                 cut = tl.maximum(cut, top + tl.log(min_p))

@@ -1,18 +1,41 @@
 """RMSNorm, in the fewest operations that a device has for it."""
 
+from __future__ import annotations
+
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.jit import jit, tl, triton
+
+MAX_SIZE = 16384  # entries of a row that one program holds
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., H], weight [H].
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., H], weight [H]. Has no gradient where gradients are off."""
+    if torch.is_grad_enabled():
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return rms_norm_triton(x, None, weight, eps)[1] if _by_triton(x) else rms_norm_reference(x, weight, eps)
 
-    On a CPU torch's own is a chain of slower operations. Written in place, ours has no gradient.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, and ``rms_norm`` of it; x, delta [..., H]. Without gradients."""
+    if _by_triton(x):
+        return rms_norm_triton(x, delta, weight, eps)
+    return add_rms_norm_reference(x, delta, weight, eps)
+
+
+def add_rms_norm_reference(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` in plain PyTorch."""
+    total = x + delta
+    return total, rms_norm_reference(total, weight, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``rms_norm`` in plain PyTorch. On a CPU torch's own is a chain of slower operations."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (x * torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
@@ -22,3 +45,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _constant(value: float) -> Tensor:
     """Operations on Python numbers make such a tensor every time."""
     return torch.tensor(value)
+
+
+def _by_triton(x: Tensor) -> bool:
+    return x.is_cuda and x.is_contiguous() and x.shape[-1] <= MAX_SIZE
+
+
+def rms_norm_triton(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` in one launch; ``delta`` None adds nothing."""
+    total = x if delta is None else torch.empty_like(x)
+    out, size = torch.empty_like(x), x.shape[-1]
+    block = triton.next_power_of_2(size)
+    rms_norm_kernel[(x.numel() // size,)](x, None if delta is None else delta.contiguous(), weight, total, out, eps, size, block,
+                                          num_warps=min(8, max(1, block // 512)))  # fmt: skip
+    return total, out
+
+
+@jit
+def rms_norm_kernel(
+    x: tl.tensor, delta: tl.tensor, weight: tl.tensor, total: tl.tensor, out: tl.tensor, eps: tl.tensor,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """One program per row. The sum is rounded before it is normed, as it is where it is stored first."""
+    entry = tl.arange(0, BLOCK)
+    inside = entry < SIZE
+    place = tl.program_id(0).to(tl.int64) * SIZE + entry
+    values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    if delta is not None:
+        values = (values + tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)).to(total.dtype.element_ty)
+        tl.store(total + place, values, mask=inside)
+        values = values.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(values * values) / SIZE + eps)
+    normed = values * scale * tl.load(weight + entry, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + place, normed.to(out.dtype.element_ty), mask=inside)

@@ -43,7 +43,8 @@ class TreeLayout:
     @cached_property
     def num_blocks(self) -> int:
         """Blocks per request that hold any visible column."""
-        return -(-(self.max_context + self.first_column + self.depth.shape[1]) // self.block_size)
+        needed = -(-(self.max_context + self.first_column + self.depth.shape[1]) // self.block_size)
+        return min(needed, self.block_tables.shape[1])
 
     @cached_property
     def columns(self) -> Tensor:

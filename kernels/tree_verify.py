@@ -67,7 +67,7 @@ def tree_verify_reference(
 
 @jit
 def tile_best_kernel(
-    logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, options: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
+    logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, sampling: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
     best: tl.tensor, best_id: tl.tensor, vocab: tl.tensor, per_program: tl.tensor, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (tile of the vocabulary, group of nodes, request): the best score of each node in the tile, and its token.
@@ -80,7 +80,7 @@ def tile_best_kernel(
     end = tl.minimum(begin + per_program, tree.nodes)
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
-    values = load_options(options, b, ids, vocab)
+    values = load_options(sampling, b, ids, vocab)
     gumbel = tl.zeros([BLOCK], tl.float32)
     drawn_depth = tl.full([], -1, tl.int64)
     sampled = False
@@ -90,7 +90,7 @@ def tile_best_kernel(
     for node in range(begin, end):
         row = b.to(tl.int64) * stride_b + node * stride_n
         scores = tl.load(logits + row + ids, mask=inside, other=float("-inf")).to(tl.float32)
-        scores = adjust(scores, options, values, tree, b, node, ids)
+        scores = adjust(scores, sampling, values, tree, b, node, ids)
         if cuts is not None:
             scores = tl.where(scores < tl.load(cuts + b * tree.nodes + node), float("-inf"), scores)
         if noise is not None:

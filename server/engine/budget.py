@@ -100,6 +100,10 @@ class LoadRule:
         level = self.costs[self._measured(len(chosen))].level if chosen else 0.0
         return Plan(self._priced(batch, speed, level), chosen, gain, batch, sum(r.num_pending - 1 for r in chosen))
 
+    def usual(self, nodes: int) -> float:
+        """Drafted tokens that trees of so many nodes have accepted where the figures known beforehand were measured."""
+        return _interpolate(self._usual, nodes)
+
     def _priced(self, batch: int, speed: float, level: float) -> TreeShape:
         """The largest tree at prices of ``speed`` tokens per second; ``level``: seconds of one."""
         return self.shape._replace(level_price=speed * level, node_price=speed * self.costs[self._measured(batch)].node / batch)
@@ -152,7 +156,7 @@ class LoadRule:
             return
         count = len(plan.drafting)
         kind = self._kind_of(plan.drafting, count)
-        gains = [_interpolate(self._usual, 1 + drafted) for _, drafted, _ in plan.drafts]
+        gains = [self.usual(1 + drafted) for _, drafted, _ in plan.drafts]
         new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
         if seconds is not None and 2 * count > plan.batch:
             self._compare(size, True, math.log(seconds / self._seconds(plan.batch, count, new, plan.rows)))
@@ -198,10 +202,10 @@ class LoadRule:
         cooled, cost = 1 - _COOLING * warmth, self.costs[batch]
 
         def speed(tree: TreeShape) -> float:
-            return (1 + cooled * _interpolate(self._usual, tree.nodes)) / cost.tree(tree.depth, tree.nodes)
+            return (1 + cooled * self.usual(tree.nodes)) / cost.tree(tree.depth, tree.nodes)
 
         tree = max(trees, key=speed, default=self.shape)
-        return _Size(tree.depth, tree.nodes - 1, _interpolate(self._usual, tree.nodes))
+        return _Size(tree.depth, tree.nodes - 1, self.usual(tree.nodes))
 
     def _seconds(self, batch: int, drafting: int, size: _Size, rows: float) -> float:
         """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of that size and draft caches ``rows`` behind."""

@@ -22,6 +22,7 @@ class EngineConfig:
     ``load_rule`` False keeps ``tree_nodes`` whatever the load, and learns nothing.
     ``cost_cache``: directory that keeps the measured costs of steps for the next start of the same model on the same machine.
     ``threads``: of matrix products on a CPU; None takes what is fastest, as measured at start (threads.py).
+    ``cuda_graphs``: on a GPU, record what steps launch and replay it.
     ``kv_cache_memory`` in bytes; None chooses (see kv_cache.py). ``max_model_len`` in tokens; None takes the model's own.
     """
 
@@ -39,6 +40,7 @@ class EngineConfig:
     ngrams: bool = True
     load_rule: bool = True
     cost_cache: Path | None = None
+    cuda_graphs: bool = True
     block_size: int = 16
     kv_cache_memory: int | None = None
     prefix_caching: bool = True

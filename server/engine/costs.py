@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import platform
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from server.engine.drafter import TreeShape
 logger = logging.getLogger(__name__)
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
+TREE_TURNS = 4  # of a kind of step whose graphs are recorded,
+RECORDING_SECONDS = 60.0  # within so much time,
+MAX_TREE_ROWS = 1024  # and for so many nodes of a batch: more of them keep any GPU computing for longer than they can save
 MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
 
 
@@ -69,6 +73,23 @@ def measure_costs(
                 break
         costs[batch] = _parts(best, shape, batch)
     return costs
+
+
+def measure_trees(run: Callable[[int, TreeShape], float], shape: TreeShape, max_batch: int) -> dict[int, dict[int, float]]:
+    """Seconds of steps whose requests all have trees of 1, 2, 4, ... nodes, by batch size and nodes; ``run`` as in ``measure_costs``.
+
+    The first step of a kind records graphs; the best of those after it counts. Once RECORDING_SECONDS are spent, larger batches are taken
+    to decode plainly, and their graphs are recorded when they are first used.
+    """
+    seconds: dict[int, dict[int, float]] = {}
+    start = time.perf_counter()
+    for batch in tqdm(powers_of_two(max_batch), desc="recording graphs", unit="batch size", leave=False):
+        sizes = [nodes for nodes in powers_of_two(shape.nodes) if nodes == 1 or nodes * batch <= MAX_TREE_ROWS]
+        if time.perf_counter() - start > RECORDING_SECONDS:
+            seconds[batch] = {1: 1.0}
+        else:
+            seconds[batch] = {nodes: min([run(batch, shape.shrunk(nodes)) for _ in range(1 + TREE_TURNS)][1:]) for nodes in sizes}
+    return seconds
 
 
 def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:

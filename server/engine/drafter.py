@@ -7,10 +7,11 @@ from torch import Tensor
 
 from drafts.eagle3 import Eagle3Head
 from kernels.draft_level import draft_level
-from kernels.noise import Noise
+from kernels.noise import Noise, NoiseKey
 from kernels.sampling import SamplingBatch
 from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout
+from server.engine.graphs import Graphs, graph_context
 from server.engine.kv_cache import PagedTensors
 from server.engine.ngram import Candidates
 from server.engine.pool import Pool, best_tree, limited, merge
@@ -40,14 +41,17 @@ class TreeShape(NamedTuple):
 
 
 class Drafter:
-    """A head with its cache. ``state`` [rows, H]: what each request's last committed draft row returned."""
+    """A head with its cache. ``state`` [1 + rows, H]: what each request's last committed draft row returned; the first is nobody's, for
+    graphs to fill up a batch. ``graphs``: replays the head.
+    """
 
     def __init__(self, head: Eagle3Head, blocks: int, block_size: int, max_seqs: int) -> None:
         config = head.config
         weight = head.fc.weight
         self.head, self.block_size = head, block_size
         self.cache = PagedTensors(1, blocks, block_size, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
-        self.state = torch.zeros(max_seqs, config.hidden_size, dtype=weight.dtype, device=weight.device)
+        self.graphs: Graphs | None = None
+        self.state = torch.zeros(1 + max_seqs, config.hidden_size, dtype=weight.dtype, device=weight.device)
         self.levels = 0  # that the last trees were grown by, the root's children included
         self.guesses: tuple[Tensor, Tensor] | None = None  # of the last trees: the best tokens after the roots [B], and their scores
         self._scale = config.head_dim**-0.5
@@ -64,15 +68,28 @@ class Drafter:
         return self.head(self.head.embed(tokens), hidden, positions, attend, temperature[:, None])
 
     def extend(
-        self, rows: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, layout: TreeLayout,
-        temperature: Tensor,
+        self, rows: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
+        lengths: Tensor, temperature: Tensor, max_context: int,
     ) -> None:  # fmt: skip
         """Write draft rows from the target's true features, and keep the state of every request's last one.
 
-        rows int64 [B]: places in ``state``. Of all requests' rows together, one request after the other: features [M, 3 * H]; tokens
-        int64 [M]: the token after each feature; positions and physical slots int64 [M]. last int64 [B]: each request's last row, whose
-        layout is ``layout``, and which alone goes beyond keys and values; temperature float32 [B]: the requests', clamped to [0, 1].
+        rows int64 [B]: the requests' rows, one less than their places in ``state``. Of all requests' rows of the draft together, one
+        request after the other: features [M, 3 * H]; tokens int64 [M]: the token after each feature; positions and physical slots int64
+        [M]. last int64 [B]: each request's last row, which alone goes beyond keys and values, at logical slot ``lengths`` int64 [B] of at
+        most ``max_context``; temperature float32 [B]: the requests', clamped to [0, 1].
         """
+        arguments = rows + 1, features, tokens, positions, slots, last, block_tables, lengths, temperature
+        if self.graphs is None:
+            self._extend(*arguments, max_context)
+        else:
+            self.graphs.run(self._extend, *arguments, max_context=graph_context(max_context))
+
+    def _extend(
+        self, rows: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
+        lengths: Tensor, temperature: Tensor, max_context: int,
+    ) -> None:  # fmt: skip
+        """``extend``; ``rows`` are places in ``state``."""
+        layout = TreeLayout(block_tables, lengths, torch.zeros_like(lengths)[:, None], None, None, self.block_size, max_context)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.cache.write(0, slots, k, v, None)
@@ -90,19 +107,47 @@ class Drafter:
 
         A node's score is the product over its path of softmax((log q + noise) / sigma), the drafted survival probability: with the
         request's own noise the draft guesses the very token that verification will draw.
-        roots int64 [B]: last committed tokens; sigma float32 [shape.depth, B]: drafting temperatures of the levels; temperature float32
+        roots int64 [B]: last committed tokens; sigma float32 [B, shape.depth]: drafting temperatures of the levels; temperature float32
         [B]: the requests', clamped to [0, 1]; limits int64 [B]: most drafted nodes of each request; ngrams: nodes that compete with the
         head's.
         """
+        if self.graphs is None:
+            levels = self._levels(rows + 1, block_tables, context_lens, options, noise, sigma, temperature, limits, shape, max_context)
+        else:
+            levels = self.graphs.run(
+                self._static_levels, rows + 1, block_tables, context_lens, options, noise and noise.key, sigma, temperature, limits,
+                shape=shape, max_context=graph_context(max_context), vocab_size=noise.vocab_size if noise else 0,
+            )  # fmt: skip
+        self.levels, self.guesses = len(levels), (levels[0].tokens[:, 0], levels[0].scores[:, 0])
+        pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))
+        depth = len(levels)
+        if ngrams is not None and ngrams.pool is not None:
+            pool = merge(pool, ngrams.pool.to(roots.device), min(depth, ngrams.depth))
+            depth = max(depth, ngrams.depth)
+        return best_tree(roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
+
+    def _static_levels(
+        self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, options: SamplingBatch, key: NoiseKey | None, sigma: Tensor,
+        temperature: Tensor, limits: Tensor | None, shape: TreeShape, max_context: int, vocab_size: int,
+    ) -> tuple[Pool, ...]:  # fmt: skip
+        """``_levels`` as a function for graphs; without prices, which would make it depend on values."""
+        assert shape.level_price == shape.node_price == 0
+        noise = None if key is None else Noise(key, shape.depth, vocab_size)
+        return self._levels(rows, block_tables, context_lens, options, noise, sigma, temperature, limits, shape, max_context)
+
+    def _levels(
+        self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, options: SamplingBatch, noise: Noise | None, sigma: Tensor,
+        temperature: Tensor, limits: Tensor | None, shape: TreeShape, max_context: int,
+    ) -> tuple[Pool, ...]:  # fmt: skip
+        """The nodes of every level; ``rows`` are places in ``state``."""
         topk = shape.topk
-        expanded = torch.arange((shape.depth - 1) * topk, device=roots.device)
+        expanded = torch.arange((shape.depth - 1) * topk, device=rows.device)
         layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
         own_bits = torch.ones_like(expanded) << expanded
         y = self.state[rows][:, None]
         logits = self.head.logits(y, temperature[:, None])
-        start = torch.zeros_like(sigma[0]) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
-        level = draft_level(logits, options, noise, 0, sigma[0], self._target_ids, start[:, None], topk)
-        self.guesses = level.tokens.gather(1, level.best[:, :1])[:, 0], level.best_scores[:, 0]
+        start = torch.zeros_like(temperature) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
+        level = draft_level(logits, options, noise, 0, sigma[:, 0], self._target_ids, start[:, None], topk)
         ancestors = torch.zeros_like(level.best)
         levels = [Pool(level.scores, level.tokens, ancestors)]
         first = 1  # of the last level's places in the pool; the root has place 0
@@ -119,15 +164,10 @@ class Drafter:
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
             y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), temperature)
             logits = self.head.logits(y, temperature[:, None])
-            level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, expanded_scores, topk)
+            level = draft_level(logits, options, noise, depth, sigma[:, depth], self._target_ids, expanded_scores, topk)
             levels.append(Pool(level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
             first += levels[-2].scores.shape[1]
-        self.levels = depth = len(levels)
-        pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))
-        if ngrams is not None and ngrams.pool is not None:
-            pool = merge(pool, ngrams.pool.to(roots.device), min(depth, ngrams.depth))
-            depth = max(depth, ngrams.depth)
-        return best_tree(roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
+        return tuple(levels)
 
 
 def _worthwhile(scores: Tensor, parents: Tensor, shape: TreeShape) -> int:

@@ -15,9 +15,11 @@ from kernels.tree_mask import MAX_NODES
 from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptance
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
-from server.engine.costs import kept_costs, machine, measure_costs
+from server.engine.costs import kept_costs, machine, measure_costs, measure_trees
 from server.engine.drafter import Drafter, TreeShape
+from server.engine.fixed_trees import FixedTreeRule
 from server.engine.grammar import Grammars
+from server.engine.graphs import Graphs, cuda_recorder
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import Report, load
 from server.engine.ngram import FullDrafts, Ngrams
@@ -60,6 +62,7 @@ class Engine:
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
         self.proposer = Proposer(drafter, self.pool, _sigma(head, config.draft_temperature))
         self.steps = Steps(target, self.proposer, self.pool, target.new_cache(blocks, config.block_size))
+        self.steps.use_graphs(_graphs(target, config))
         self._eos_token_ids = _eos_token_ids(target, tokenizer)
         self.grammars = Grammars(tokenizer, target.vocab_size, self._eos_token_ids)
         self._seeds = random.Random(config.seed)
@@ -244,7 +247,8 @@ class Engine:
                     self.add_request(next(names), prompt, params)
                 while self.step()[1].prompt_tokens:
                     pass
-            self.proposer.sync_draft(self.scheduler.decoding())
+            if not self.steps.graphs:  # its cost is measured apart
+                self.proposer.sync_draft(self.scheduler.decoding())
             return self.step()[1].seconds
 
         def sync(batch: int, rows: int) -> float:
@@ -252,14 +256,24 @@ class Engine:
 
         steps = f"{full}, prompts of {len(prompt)} and {params.max_tokens} tokens, batches up to {config.max_num_seqs}"
         what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
-        costs = kept_costs(config.cost_cache, what, lambda: measure_costs(run, sync, full, config.max_num_seqs))
+        if self.steps.graphs:
+            seconds = measure_trees(run, full, config.max_num_seqs)
+        else:
+            costs = kept_costs(config.cost_cache, what, lambda: measure_costs(run, sync, full, config.max_num_seqs))
         self.shape = full
         for request_id, request in list(self._requests.items()):
             if request in self.scheduler.running:  # all are, unless the cache is too small for them
                 self.pool.forget(request.row)
             self.abort(request_id)
-        known = head.metadata.acceptance_length if head and head.metadata else {}
-        return (LoadRule if head else FreeDraftRule)(full, costs, known or default_acceptance(full.nodes))
+        known = (head.metadata.acceptance_length if head and head.metadata else {}) or default_acceptance(full.nodes)
+        if self.steps.graphs:
+            return FixedTreeRule(full, seconds, known)
+        return (LoadRule if head else FreeDraftRule)(full, costs, known)
+
+
+def _graphs(target: Target, config: EngineConfig) -> Graphs | None:
+    """Graphs where the device has them and the configuration does not forbid them."""
+    return Graphs(cuda_recorder(target.device)) if target.device.type == "cuda" and config.cuda_graphs else None
 
 
 def _tree_shape(config: EngineConfig, head: bool) -> TreeShape:

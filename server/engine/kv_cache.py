@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.rope_store import store_kv
 from server.engine.config import EngineError
 
 PADDING_BLOCK = 0  # takes the K and V of padding rows; never given to a request
@@ -21,15 +22,8 @@ class PagedTensors:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor, live: Tensor | None) -> None:
-        """Store k, v [T, kv heads, head size] at physical ``slots`` int64 [T].
-
-        Padding rows (``live`` [B, N] False) store zeros: others read the padding block, masked, but a mask does not stop a NaN.
-        """
-        if live is not None:
-            padding = ~live.flatten()[:, None, None]
-            k, v = k.masked_fill(padding, 0), v.masked_fill(padding, 0)
-        self.k[layer].flatten(0, 1).index_copy_(0, slots, k)
-        self.v[layer].flatten(0, 1).index_copy_(0, slots, v)
+        """``store_kv`` in the caches of ``layer``."""
+        store_kv(self.k[layer], self.v[layer], slots, k, v, live)
 
     def clear(self, blocks: list[int]) -> None:
         self.k[:, blocks] = 0

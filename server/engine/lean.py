@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kernels.rms_norm import rms_norm
+from kernels.gated_silu import gated_silu
+from kernels.rms_norm import add_rms_norm, rms_norm
+from kernels.rope_store import rope_store
 from server.engine.cpu_layout import store_transposed
 from server.engine.target import ForwardContext, attend
 
@@ -30,13 +32,18 @@ class LeanDecoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """tokens, positions int64 [T] -> logits [T or K, V] of the rows ``keep`` int64 [K], and what the layers ``taps`` read, [T, H]."""
         hidden = F.embedding(tokens, self.embed_tokens.weight)
-        cos, sin = (part[0, :, None] for part in self.rotary_emb(hidden, positions[None]))
+        cos, sin = (part[0] for part in self.rotary_emb(hidden, positions[None]))
+        normed = _norm(hidden, self.layers[0].input_norm)
         read = {}
         for i, layer in enumerate(self.layers):
             if i in taps:
                 read[i] = hidden
-            hidden = layer(hidden, cos, sin, context)
-        return self.lm_head(_norm(hidden if keep is None else hidden[keep], self.norm)), [read[i] for i in taps]
+            hidden, delta = layer(hidden, normed, cos, sin, context)
+            if i + 1 < len(self.layers):
+                hidden, normed = _add_norm(hidden, delta, self.layers[i + 1].input_norm)
+        if keep is not None:
+            hidden, delta = hidden[keep], delta[keep]
+        return self.lm_head(_add_norm(hidden, delta, self.norm)[1]), [read[i] for i in taps]
 
 
 class LeanLayer(nn.Module):
@@ -47,7 +54,8 @@ class LeanLayer(nn.Module):
         attention, mlp, config = layer.self_attn, layer.mlp, layer.self_attn.config
         self.qkv = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
         self.gate_up = _fused(mlp.gate_proj, mlp.up_proj)
-        self.o_proj, self.down_proj, self.activation = attention.o_proj, mlp.down_proj, mlp.act_fn
+        self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
+        self.activation = None if config.hidden_act == "silu" else mlp.act_fn
         self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.index: int = attention.layer_idx
@@ -58,23 +66,33 @@ class LeanLayer(nn.Module):
         # Mistral's layers read their window from the config.
         self.window: int | None = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)
 
-    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> Tensor:
-        """hidden [T, H]; cos, sin [T, 1, D] -> [T, H]."""
-        qkv = self.qkv(_norm(hidden, self.input_norm)).view(len(hidden), -1, self.head_dim)
+    def forward(self, hidden: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """hidden [T, H], and as the input norm makes it; cos, sin [T, D] -> two [T, H], whose sum is the layer's output."""
+        qkv = self.qkv(normed).view(len(hidden), -1, self.head_dim)
         qk, v = qkv[:, : self.heads + self.kv_heads], qkv[:, self.heads + self.kv_heads :]
         if self.q_norm is not None:
             qk = torch.cat((_norm(qk[:, : self.heads], self.q_norm), _norm(qk[:, self.heads :], self.k_norm)), dim=1)
-        first, second = qk.chunk(2, dim=-1)
-        qk = torch.addcmul(qk * cos, torch.cat((-second, first), dim=-1), sin)
-        out = attend(qk[:, : self.heads], qk[:, self.heads :], v, self.index, self.scale, self.window, None, context)
-        hidden = hidden + self.o_proj(out.flatten(1))
-        gate, up = self.gate_up(_norm(hidden, self.mlp_norm)).chunk(2, dim=-1)
-        return hidden + self.down_proj(self.activation(gate) * up)
+        cache = context.cache
+        q = rope_store(qk, v, cos, sin, context.slots, context.live, cache.k[self.index], cache.v[self.index])
+        out = attend(q, self.index, self.scale, self.window, None, context)
+        hidden, normed = _add_norm(hidden, self.o_proj(out.flatten(1)), self.mlp_norm)
+        return hidden, self.down_proj(self._gated(self.gate_up(normed)))
+
+    def _gated(self, gate_up: Tensor) -> Tensor:
+        if self.activation is None:
+            return gated_silu(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate) * up
 
 
 def _norm(x: Tensor, norm: Any) -> Tensor:
     """transformers' RMSNorm."""
     return rms_norm(x, norm.weight, norm.variance_epsilon)
+
+
+def _add_norm(x: Tensor, delta: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """x + delta, and its RMSNorm."""
+    return add_rms_norm(x, delta, norm.weight, norm.variance_epsilon)
 
 
 def _fused(*linears: nn.Linear) -> nn.Linear:

@@ -9,7 +9,6 @@ from torch import Tensor
 from drafts.eagle3 import DraftTemperature
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
-from kernels.tree_layout import TreeLayout
 from server.engine.batch import context_lens, last_tokens, table_rows
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
@@ -42,12 +41,20 @@ class Proposer:
         if self.drafter is None or self.drafter.guesses is None:
             return bool(live)
         found, *lost = torch.cat((live[None], self.drafter.guesses[1].isneginf())).tolist()  # one wait for the device
+        self._forsake(requests, lost)
+        return bool(found)
+
+    def check(self, requests: list[Request]) -> None:
+        """What ``drafted`` notes of the head, when the device has come so far anyhow."""
+        if self.drafter is not None and self.drafter.guesses is not None:
+            self._forsake(requests, self.drafter.guesses[1].isneginf().tolist())
+
+    def _forsake(self, requests: list[Request], lost: list[bool]) -> None:
         for request, nan in zip(requests, lost, strict=True):
-            if nan:
+            if nan and request.max_draft_nodes > 0:  # else it was not to draft
                 logger.warning("the draft head's logits for request %s are NaN; it decodes plainly", request.request_id)
                 request.draft_failed = True
                 self.failed += 1
-        return bool(found)
 
     def sync_draft(self, requests: list[Request]) -> None:
         """Bring the draft cache up to the committed tokens, with the target's true features."""
@@ -64,9 +71,8 @@ class Proposer:
         slots = tables[owners, positions // size] * size + positions % size
         last = torch.tensor(counts, device=self.device).cumsum(0) - 1
         rows, ends = table_rows(behind, self.device), [request.draft_len + n - 1 for request, n in zip(behind, counts, strict=True)]
-        lengths = torch.tensor(ends, device=self.device)
-        layout = TreeLayout(tables[rows], lengths, torch.zeros_like(lengths)[:, None], None, None, size, max(ends))
-        self.drafter.extend(rows, torch.cat(features), tokens, positions, slots, last, layout, self._temperature(behind))
+        lengths, temperature = torch.tensor(ends, device=self.device), self._temperature(behind)
+        self.drafter.extend(rows, torch.cat(features), tokens, positions, slots, last, tables[rows], lengths, temperature, max(ends))
         for request, n in zip(behind, counts, strict=True):
             request.draft_len += n
             request.pending.clear()
@@ -126,7 +132,7 @@ class Proposer:
         try:
             if self.drafter is None:
                 return text_tree(roots, shape, guesses)
-            self.sync_draft(requests)
+            self.sync_draft([request for request in requests if request.max_draft_nodes > 0])
             lengths, max_context = context_lens(requests, self.device)
             rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
             tables = self.pool.tables[rows]
@@ -159,9 +165,8 @@ class Proposer:
         self.sigma = self.learned.points
 
     def _sigma(self, requests: list[Request], levels: int) -> Tensor:
-        """Drafting temperatures, float32 [levels, B]."""
-        sigmas = [level_sigmas(self.sigma, request.params.temperature, levels) for request in requests]
-        return torch.tensor(list(zip(*sigmas, strict=True)), device=self.device)
+        """Drafting temperatures, float32 [B, levels]."""
+        return torch.tensor([level_sigmas(self.sigma, request.params.temperature, levels) for request in requests], device=self.device)
 
     def _limits(self, requests: list[Request], shape: TreeShape) -> Tensor | None:
         """Most drafted nodes of every request, int64 [B]; None where the shape is the only limit."""

@@ -16,6 +16,7 @@ from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.drafter import TreeShape
 from server.engine.grammar import constrain
+from server.engine.graphs import Graphs
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Candidates
@@ -46,10 +47,17 @@ class Verification(NamedTuple):
 
 
 class Steps:
-    """The device side of the engine."""
+    """The device side of the engine. ``graphs``: replays target and head, see ``use_graphs``."""
 
     def __init__(self, target: Target, proposer: Proposer, pool: BlockPool, cache: PagedTensors) -> None:
         self.target, self.proposer, self.pool, self.cache, self.device = target, proposer, pool, cache, target.device
+        self.graphs: Graphs | None = None
+
+    def use_graphs(self, graphs: Graphs | None) -> None:
+        """Replay what has fixed sizes: then requests draft together or not at all, and nothing waits for the device in between."""
+        self.graphs = self.target.graphs = graphs
+        if self.proposer.drafter:
+            self.proposer.drafter.graphs = graphs
 
     def run(self, requests: list[Request], outputs: list[RequestOutput], width: int, plan: Plan, stats: StepStats) -> None:
         """One forward pass: a chunk of at most ``width`` tokens for requests that compute their prompts, a verification for the others.
@@ -121,6 +129,8 @@ class Steps:
     def _verifications(self, requests: list[Request], plan: Plan) -> list[Verification]:
         """Trees for those that draft, the roots alone for the others, but for text that a grammar demands."""
         chosen = set(map(id, plan.drafting)) if plan.shape.nodes > 1 else set()
+        if chosen and self.graphs is not None:
+            return self._draft(requests, plan)
         drafting = [request for request in requests if id(request) in chosen]
         quiet = [request for request in requests if id(request) not in chosen]
         bound = [request for request in quiet if request.matcher is not None and request.max_draft_nodes > 0]
@@ -153,10 +163,10 @@ class Steps:
         options, noise = self._sampling(requests, reach)
         tree = self.proposer.propose(requests, shape, options, noise, guesses)
         plan.levels = self.proposer.drafter.levels if self.proposer.drafter else 1
-        if not self.proposer.drafted(requests, tree):
-            return [self._plain(requests, shape, guesses and guesses.without_pool())]
         everyone = list(range(len(requests)))
-        groups = [everyone] if self.device.type == "cuda" else by_width(tree)
+        if self.graphs is None and not self.proposer.drafted(requests, tree):
+            return [self._plain(requests, shape, guesses and guesses.without_pool())]
+        groups = [everyone] if self.graphs is not None or self.device.type == "cuda" else by_width(tree)
         if len(groups) == 1:
             return [self._verification(requests, tree, reach, options, noise, guesses, everyone)]
         parts = []
@@ -184,7 +194,7 @@ class Steps:
         tree, options = constrain(requests, tree, options, self.target.vocab_size)
         lengths, max_context = context_lens(requests, self.device)
         # Padding costs nothing on a GPU, where finding it would make the host wait.
-        live = None if self.device.type == "cuda" else tree.tokens >= 0
+        live = None if self.graphs is not None or self.device.type == "cuda" else tree.tokens >= 0
         if live is not None and bool(live.all()):
             live = None
         tables = self.pool.tables[table_rows(requests, self.device)]
@@ -196,6 +206,8 @@ class Steps:
         layout = batch.rows.layout
         kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
         counts = torch.stack(((batch.tree.tokens >= 0).sum(1) - 1, verdict.num_accepted), dim=1).tolist()
+        if batch.places is not None and self.graphs is not None:
+            self.proposer.check(batch.requests)
         for request, (drafted, accepted) in zip(batch.requests, counts, strict=True):
             if drafted:
                 request.speculation.record(drafted, accepted, batch.reach)
@@ -209,6 +221,7 @@ class Steps:
     def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:
         """Keep the features of the accepted nodes for the draft cache."""
         if features.shape[1] == 1:
+            features = features.clone() if self.graphs is not None else features  # the next step overwrites them
             for request, feature in zip(requests, features, strict=True):
                 request.pending.append(feature)
             return

@@ -14,6 +14,7 @@ from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout
 from kernels.tree_mask import tree_mask
 from server.engine.config import EngineError
+from server.engine.graphs import Graphs, graph_context
 from server.engine.kv_cache import PagedTensors
 
 SUPPORTED = (
@@ -45,11 +46,8 @@ class ForwardContext:
     cache: PagedTensors
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, layer: int, scale: float, window: int | None, softcap: float | None, tree: ForwardContext
-) -> Tensor:
-    """Store k and v [T, Hkv, D] in the cache of ``layer``, then attend from q [T, Hq, D]; the result has q's shape."""
-    tree.cache.write(layer, tree.slots, k, v, tree.live)
+def attend(q: Tensor, layer: int, scale: float, window: int | None, softcap: float | None, tree: ForwardContext) -> Tensor:
+    """Attend from q [T, Hq, D] over the cache of ``layer``, which has K and V of these rows already; the result has q's shape."""
     keys, values = tree.cache.k[layer], tree.cache.v[layer]
     results, first = [], 0
     for layout, rows in zip(tree.parts, tree.rows, strict=True):
@@ -71,7 +69,9 @@ def paged_tree_attention(
     assert tree is not None, "this attention runs inside Target.forward only"
     q, k, v = (part[0].transpose(0, 1) for part in (query, key, value))
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    return attend(q, k, v, int(module.layer_idx), scale, sliding_window, softcap, tree)[None], None  # type: ignore[arg-type]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    tree.cache.write(layer, tree.slots, k, v, tree.live)
+    return attend(q, layer, scale, sliding_window, softcap, tree)[None], None
 
 
 AttentionInterface.register("paged_tree", paged_tree_attention)
@@ -122,7 +122,7 @@ class Target:
     """A causal LM with its paged cache.
 
     ``taps``: collect the low, middle and high hidden states for a draft head. ``decoder``: the forward pass of ``model``, where it is not
-    transformers' own.
+    transformers' own. ``graphs``: replays it for trees.
     """
 
     def __init__(self, model: PreTrainedModel, taps: bool, decoder: Decoder | None = None) -> None:
@@ -139,6 +139,7 @@ class Target:
         self.head_size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.taps = feature_layers(self.num_layers) if taps else ()
         self.decoder = decoder
+        self.graphs: Graphs | None = None
         self._features: list[Tensor] | None = None  # a list while our own forward pass runs: others may use the model too
         if decoder is None:
             layers = decoder_layers(model, self.num_layers)
@@ -161,10 +162,38 @@ class Target:
         return self.forward_parts([Rows(tokens, layout, keep)], cache)[0]
 
     def forward_parts(self, parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
-        """One pass over the rows of all parts; what a part gets does not depend on the others beside it.
+        """One pass over the rows of all parts, or by graphs one for each; what a part gets does not depend on the others beside it.
 
         Returns for each part logits [K or B * N, V] and, with taps, the features [B, N, 3 * H]; both are 0 at rows that are not live.
         """
+        if self.graphs is None or self.decoder is None:
+            return self._pass(parts, cache)
+        alone = sum(part.layout.ancestors is not None for part in parts) == 1
+        return [self._pass([part], cache)[0] if part.layout.ancestors is None else self._replay(part, cache, alone) for part in parts]
+
+    def _replay(self, part: Rows, cache: PagedTensors, alone: bool) -> tuple[Tensor, Tensor | None]:
+        """``forward`` of trees without padding rows; the results of one that is ``alone`` are gone with the next."""
+        assert self.graphs is not None
+        assert part.keep is part.layout.live is None
+        layout = part.layout
+        logits, features = self.graphs.run(
+            self._trees, part.tokens, layout.block_tables, layout.context_lens, layout.depth, layout.ancestors,
+            cache=cache, block_size=layout.block_size, max_context=graph_context(layout.max_context),
+        )  # fmt: skip
+        if not alone:
+            logits, features = logits.clone(), None if features is None else features.clone()
+        return logits.flatten(0, 1), features
+
+    def _trees(
+        self, tokens: Tensor, tables: Tensor, lengths: Tensor, depth: Tensor, ancestors: Tensor, cache: PagedTensors, block_size: int,
+        max_context: int,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """As a function for graphs: logits [B, N, V] and features [B, N, 3 * H]."""
+        layout = TreeLayout(tables, lengths, depth, ancestors, None, block_size, max_context)
+        logits, features = self._pass([Rows(tokens, layout)], cache)[0]
+        return logits.unflatten(0, tokens.shape), features
+
+    def _pass(self, parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
         rows = [_computed(part.layout) for part in parts]
         tokens, positions, slots = (
             _picked([part.tokens for part in parts], rows),

@@ -447,7 +447,7 @@ def test_features_that_wait_for_the_draft_stay_bounded(model: PreTrainedModel, m
         [request] = engine.scheduler.running
         assert sum(map(len, request.pending)) <= max(10, 1)
     engine.proposer.sync_draft(engine.scheduler.running)
-    states.append(engine.proposer.drafter.state[request.row].clone())
+    states.append(engine.proposer.drafter.state[1 + request.row].clone())
     tokens = list(request.token_ids)
     fresh = build(model, random_head(model), tree_nodes=12)
     fresh.add_request("0", tokens, PARAMS[0])

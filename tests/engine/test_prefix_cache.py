@@ -109,7 +109,7 @@ def draft_rows(engine: Engine, tokens: list[int]) -> tuple[torch.Tensor, torch.T
         len(blocks_of(engine, request))
     )
     keys = engine.proposer.drafter.cache.k[0].flatten(0, 1)[slots[: len(tokens)]].clone()
-    state = engine.proposer.drafter.state[request.row].clone()
+    state = engine.proposer.drafter.state[1 + request.row].clone()
     engine.abort("probe")
     return keys, state, request.num_cached_tokens
 

@@ -185,6 +185,17 @@ def read_pair(target: str, draft: str) -> tuple[PreTrainedConfig, Eagle3Head]:
     return config, head
 
 
+def plan_inflation(target: str, draft: str, like: str, device: torch.device) -> tuple[PreTrainedConfig, Eagle3Head, Inflater]:
+    """The pair to inflate and how; raises InflateError, or DraftError for the head. ``device``: where large matrices are made."""
+    config, head = read_pair(target, draft)
+    own = Shape.of(config)
+    shape = parse_shape(like, own)
+    check_growth("target", own, shape)
+    layer_order(own.num_hidden_layers, shape.num_hidden_layers)
+    constant = shared_constant(own, (config.rms_norm_eps, head.config.rms_norm_eps))
+    return config, head, Inflater(own, shape, constant, torch.Generator(device).manual_seed(0))
+
+
 def inflate(target: str, draft: str, like: str, output: Path, dtype: torch.dtype, context: int = 0) -> None:
     """Write OUTPUT/target and OUTPUT/draft, of ``context`` positions at least, and say what they are.
 
@@ -192,13 +203,7 @@ def inflate(target: str, draft: str, like: str, output: Path, dtype: torch.dtype
     """
     if taken := [path for path in (output / "target", output / "draft") if path.exists()]:
         raise InflateError(f"{taken[0]} exists: give another --output, or remove it.")
-    config, head = read_pair(target, draft)
-    own = Shape.of(config)
-    shape = parse_shape(like, own)
-    check_growth("target", own, shape)
-    layer_order(own.num_hidden_layers, shape.num_hidden_layers)
-    constant = shared_constant(own, (config.rms_norm_eps, head.config.rms_norm_eps))
-    inflater = Inflater(own, shape, constant, torch.Generator().manual_seed(0))
+    config, head, inflater = plan_inflation(target, draft, like, torch.device("cpu"))
     large = inflated_head(head, inflater)
     new_config = inflated_config(config, inflater, dtype, context)
     if large.metadata is not None:
@@ -214,7 +219,7 @@ def inflate(target: str, draft: str, like: str, output: Path, dtype: torch.dtype
     if model.can_generate():
         assert isinstance(model.generation_config, GenerationConfig)
         model.generation_config.save_pretrained(output / "target")
-    print(f"{output / 'target'}: {parameters / 1e6:,.1f}M parameters; {output / 'draft'}: {draft_parameters / 1e6:,.1f}M. {shape}")
+    print(f"{output / 'target'}: {parameters / 1e6:,.1f}M parameters; {output / 'draft'}: {draft_parameters / 1e6:,.1f}M. {inflater.new}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

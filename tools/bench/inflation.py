@@ -155,11 +155,12 @@ class Inflater:
     random: torch.Generator
 
     def matrix(self, weight: Tensor | None, rows: Axis, columns: Axis) -> Tensor:
-        """float32 [rows, columns] with ``weight`` at its places, or nothing."""
-        new = torch.empty(rows.size, columns.size).normal_(std=columns.size**-0.5, generator=self.random)
-        new[:, columns.live] = 0
+        """float32 [rows, columns] on the generator's device, with ``weight`` at its places, or nothing."""
+        device = self.random.device
+        new = torch.empty(rows.size, columns.size, device=device).normal_(std=columns.size**-0.5, generator=self.random)
+        new[:, columns.live.to(device)] = 0
         if weight is not None:
-            new[rows.places[:, None], columns.places] = weight.float()
+            new[rows.places[:, None].to(device), columns.places.to(device)] = weight.float().to(device)
         return new
 
     def norm(self, weight: Tensor | None) -> Tensor:

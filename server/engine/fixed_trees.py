@@ -1,0 +1,53 @@
+"""The load rule where steps are replayed: all requests have trees of one size, out of a few, or nobody has any."""
+
+from collections.abc import Mapping
+
+from server.engine.budget import MAX_PROBE, PROBE, START_GAIN, STOP_GAIN, LoadRule, Plan
+from server.engine.costs import StepCost
+from server.engine.drafter import TreeShape
+from server.engine.request import Request
+
+_NEWS = 0.1  # weight of a step's seconds in what is known of its kind,
+_OUTLIER = 1.5  # of which they count no larger multiple: a graph may have been recorded meanwhile
+
+
+class FixedTreeRule(LoadRule):
+    """Chooses the size of tree that makes the most tokens per second of the whole batch, by measured seconds of every size and by what
+    the requests accept beside what is usual, which is learned as by ``LoadRule``.
+
+    seconds: of a step, by batch size and number of nodes, 1 being plain decoding and alone where no tree can pay; acceptance: as in
+    ``LoadRule``.
+    """
+
+    def __init__(self, shape: TreeShape, seconds: Mapping[int, Mapping[int, float]], acceptance: Mapping[int, float]) -> None:
+        costs = {batch: StepCost(of[1], max(of.values()), 0.0, 0.0) for batch, of in seconds.items()}
+        super().__init__(shape, costs, acceptance)
+        self._steps = {batch: dict(of) for batch, of in seconds.items()}
+
+    def choose(self, requests: list[Request]) -> Plan:
+        batch, steps = len(requests), self._steps[self._measured(len(requests))]
+        able = [request for request in requests if request.max_draft_nodes > 0]
+        worth = sum(map(self._worth_of, able))
+
+        def gain(nodes: int) -> float:
+            accepted = min(worth * self.usual(nodes), (nodes - 1) * len(able))
+            return (batch + accepted) / steps[nodes] * steps[1] / batch
+
+        nodes = max((n for n in steps if n > 1), key=gain, default=1)
+        worthwhile = nodes > 1 and gain(nodes) >= (STOP_GAIN if self._drafting else START_GAIN)
+        self._drafting = self._drafting + 1 if worthwhile else 0
+        if worthwhile or not able or nodes == 1:
+            self._interval, self._since_probe = PROBE, 0
+        else:
+            self._since_probe += 1
+            if self._since_probe >= self._interval:  # to see whether it has become worth while
+                self._interval, self._since_probe, worthwhile = min(2 * self._interval, MAX_PROBE), 0, True
+        shape = self.shape.shrunk(nodes)
+        return Plan(shape, able if worthwhile else [], max(1.0, gain(nodes)) if self._drafting else 1.0, batch)
+
+    def observe(self, plan: Plan, seconds: float | None) -> None:
+        super().observe(plan, None)
+        if seconds is None or not plan.batch:
+            return
+        steps, nodes = self._steps[self._measured(plan.batch)], plan.shape.nodes if plan.drafting else 1
+        steps[nodes] += (min(seconds, _OUTLIER * steps[nodes]) - steps[nodes]) * _NEWS

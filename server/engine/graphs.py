@@ -1,0 +1,114 @@
+"""CUDA graphs: what a function launches is recorded once for every size of its arguments, and then replayed in one go."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+MAX_GRAPHS = 256  # that are kept, the last used ones
+LARGEST = 4096  # entries of a batch, or rows; what has more is not launched one by one often enough to matter
+Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+"""Records a function; returns what does it again, and the tensors that hold its results afterwards."""
+
+
+class _Recording(NamedTuple):
+    arguments: list[Tensor]
+    replay: Callable[[], None]
+    results: Any
+
+
+class Graphs:
+    """Runs functions of tensors by graphs. Used from one thread; results are overwritten by the next run of the same sizes.
+
+    The entries of a batch are filled up with zeros to one of a few sizes, so that a function must give each entry the same whatever
+    stands beside it, and must not mind entries of zeros. ``record``: see ``Recorder``.
+    """
+
+    def __init__(self, record: Recorder) -> None:
+        self._record = record
+        self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
+
+    def run(self, function: Callable[..., Any], *tensors: Any, **fixed: Hashable) -> Any:
+        """``function(*tensors, **fixed)``. Arguments and results: tensors whose first dimension is that of a batch, None, and tuples of
+        such. Results have as many entries as the first argument.
+        """
+        leaves: list[Tensor] = []
+        form = _mapped(tensors, lambda leaf: leaves.append(leaf) or ...)  # type: ignore[func-returns-value]
+        if len(leaves[0]) > LARGEST:
+            return function(*tensors, **fixed)
+        sizes = tuple((_filled_up(len(leaf)), leaf.shape[1:], leaf.dtype) for leaf in leaves)
+        key = (function, form, sizes, *fixed.items())
+        if key not in self._kept:
+            self._kept[key] = self._recorded(function, tensors, leaves, fixed)
+            if len(self._kept) > MAX_GRAPHS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        recording = self._kept[key]
+        if recording is None:
+            return function(*tensors, **fixed)
+        _fill(recording.arguments, leaves)
+        recording.replay()
+        return _mapped(recording.results, lambda result: result[: len(leaves[0])])
+
+    def _recorded(self, function: Callable[..., Any], tensors: tuple, leaves: list[Tensor], fixed: dict[str, Any]) -> _Recording | None:
+        """None where it cannot be recorded, for want of memory say."""
+        held = [leaf.new_zeros(_filled_up(len(leaf)), *leaf.shape[1:]) for leaf in leaves]
+        _fill(held, leaves)
+        arguments = iter(held)
+        own = _mapped(tensors, lambda _: next(arguments))
+        try:
+            return _Recording(held, *self._record(lambda: function(*own, **fixed)))
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:
+            logger.exception("%s runs without a CUDA graph for %s", function.__name__, [tuple(leaf.shape) for leaf in leaves])
+            return None
+
+
+def graph_context(tokens: int) -> int:
+    """The ``max_context`` of a graph for so many tokens: attention launches programs for all of it, and those past the end return."""
+    return max(256, 1 << (tokens - 1).bit_length())
+
+
+def cuda_recorder(device: torch.device) -> Recorder:
+    """Records CUDA graphs that share one pool of memory, since they run one after the other."""
+    pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
+
+    def record(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            function()  # compiles kernels, and lets libraries allocate what they keep
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            results = function()
+        return graph.replay, results
+
+    return record
+
+
+def _filled_up(count: int) -> int:
+    """1, 2, 4, then multiples of 8, and from 64 on steps of an eighth or less: of what is computed little is filling."""
+    step = 1 << max(0, min(3, (count - 1).bit_length() - 1)) if count <= 64 else 1 << (count - 1).bit_length() - 3
+    return -(-count // step) * step
+
+
+def _fill(held: list[Tensor], leaves: list[Tensor]) -> None:
+    for mine, leaf in zip(held, leaves, strict=True):
+        mine[: len(leaf)].copy_(leaf)
+        if len(leaf) < len(mine):
+            mine[len(leaf) :].zero_()
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """``value`` with ``change`` made to its tensors, which may lie in tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = [_mapped(part, change) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    return value

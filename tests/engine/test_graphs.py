@@ -1,0 +1,247 @@
+"""Steps by graphs, on a CPU: a recorder that computes again what was recorded, into the same tensors, stands in for CUDA's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine import engine as engine_module
+from server.engine.costs import measure_trees
+from server.engine.drafter import TreeShape
+from server.engine.engine import Engine
+from server.engine.fixed_trees import FixedTreeRule
+from server.engine.graphs import MAX_GRAPHS, Graphs
+from server.engine.lean import LeanDecoder
+from server.engine.types import Grammar, SamplingParams
+from tests.engine.engines import build, poisoned_model, random_head, run, tiny_model
+
+MakeEngine = Callable[..., Engine]
+
+
+def recorder(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Arguments and results stay where they were when it was recorded, as those of a CUDA graph do."""
+    results = function()
+
+    def copy(held: Any, new: Any) -> None:
+        if isinstance(held, Tensor):
+            held.copy_(new)
+        elif isinstance(held, tuple):
+            for pair in zip(held, new, strict=True):
+                copy(*pair)
+
+    return lambda: copy(results, function()), results
+
+
+class Recorded:
+    """Counts what is recorded."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        self.count += 1
+        return recorder(function)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """Engines made in a test use graphs."""
+    counting = Recorded()
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: Graphs(counting))
+    return counting
+
+
+def test_batches_are_filled_up_with_zeros() -> None:
+    seen: list[Tensor] = []
+
+    def function(x: Tensor, rest: tuple[Tensor | None, Tensor], scale: int) -> tuple[Tensor, tuple[Tensor, None]]:
+        seen.append(x.clone())
+        return x * scale, (rest[1].sum(1), None)
+
+    def other(x: Tensor, rest: tuple[Tensor | None, Tensor], scale: int) -> Tensor:
+        return x - scale
+
+    graphs = Graphs(recorder)
+    for batch in (5, 8, 3, 7, 6):
+        x, y = torch.arange(batch) + 1, torch.ones(batch, 4)
+        doubled, (sums, nothing) = graphs.run(function, x, (None, y), scale=2)
+        assert doubled.tolist() == [2 * (i + 1) for i in range(batch)]
+        assert sums.tolist() == [4.0] * batch
+        assert nothing is None
+        assert seen[-1].tolist() == [*range(1, batch + 1), *[0] * ((4 if batch == 3 else 8) - batch)]
+    assert len(graphs._kept) == 2
+    assert graphs.run(function, x, (None, y), scale=3)[0].tolist() == [3 * (i + 1) for i in range(6)]
+    assert graphs.run(other, x, (None, y), scale=3).tolist() == [i - 2 for i in range(6)]
+    assert graphs.run(function, x, (y, y), scale=3)[0].tolist() == [3 * (i + 1) for i in range(6)]
+    assert len(graphs._kept) == 5
+
+
+def test_what_cannot_be_recorded_runs_all_the_same() -> None:
+    def fails(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        raise RuntimeError("out of memory")
+
+    graphs = Graphs(fails)
+    for _ in range(2):
+        assert graphs.run(torch.neg, torch.arange(3)).tolist() == [0, -1, -2]
+
+
+def test_a_bounded_number_is_kept() -> None:
+    def function(x: Tensor, number: int) -> Tensor:
+        return x + number
+
+    counting = Recorded()
+    graphs = Graphs(counting)
+    for number in [*range(MAX_GRAPHS + 10), 0, MAX_GRAPHS + 9]:
+        assert graphs.run(function, torch.zeros(1), number=number).item() == number
+    assert counting.count == MAX_GRAPHS + 11
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("nodes", [2, 16, 64])
+def test_greedy_text_is_the_same(
+    batch: int, nodes: int, demo_engine: MakeEngine, demo_prompts: list[list[int]], demo_greedy: list[list[int]], recorded: Recorded
+) -> None:
+    engine = demo_engine(tree_nodes=nodes, max_num_seqs=batch)
+    part = slice(batch % 3, None, 9)
+    results = run(engine, [(prompt, SamplingParams(max_tokens=64, temperature=0)) for prompt in demo_prompts[part]])
+    assert [result.token_ids for result in results] == demo_greedy[part]
+    assert sum(result.speculation.num_accepted_tokens for result in results) > 0
+    assert 0 < recorded.count < 60
+
+
+KINDS: list[dict] = [
+    {}, {"temperature": 0}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20, "repetition_penalty": 1.2}, {"logit_bias": {7: 2.0}},
+    {"max_draft_nodes": 0}, {"max_draft_nodes": 3}, {"min_tokens": 5, "min_p": 0.05}, {"logprobs": 2},
+    {"grammar": Grammar("regex", "(yes|no|maybe), [a-z ]{3,20}")},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", [False, True], ids=["fixed", "load rule"])
+def test_every_option_gives_the_text_of_plain_decoding(
+    rule: bool, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [
+        (demo_prompts[i], SamplingParams(**{"max_tokens": 40, "seed": i, **KINDS[i % len(KINDS)]})) for i in range(2, 5 * len(KINDS), 2)
+    ] + [(demo_prompts[1], SamplingParams(max_tokens=40, seed=1, **KINDS[1])), (demo_prompts[9], SamplingParams(max_tokens=30, **KINDS[9]))]
+    requests += [(demo_prompts[i], SamplingParams(max_tokens=40, seed=i, **KINDS[i])) for i in (3, 5, 7)]
+    engine = demo_engine(max_num_seqs=7, load_rule=rule)
+    assert isinstance(engine.load_rule, FixedTreeRule) == rule
+    results = run(engine, requests)
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: None)
+    plain = run(demo_engine(head=False, max_num_seqs=7), requests)
+    assert [result.token_ids for result in results] == [result.token_ids for result in plain]
+    assert [[entry.token_id for entry in result.logprobs] for result in results] == [[e.token_id for e in r.logprobs] for r in plain]
+    assert sum(result.speculation.num_accepted_tokens for result in results) > 0
+    assert not any(result.speculation.num_steps for result in results if result.last and len(result.token_ids) == 0)
+
+
+def test_ngrams_without_a_head(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
+    requests = [(prompt, SamplingParams(max_tokens=40, seed=3)) for prompt in demo_prompts[::20]]
+    results = run(demo_engine(head=False, draft="ngram", max_num_seqs=4), requests)
+    plain = run(demo_engine(head=False, max_num_seqs=4), requests)
+    assert [result.token_ids for result in results] == [result.token_ids for result in plain]
+
+
+def test_a_head_that_fails_for_one_request(recorded: Recorded) -> None:
+    """A head that is NaN from some token on leaves the text alone, is counted, and is not asked for that request again."""
+    model = tiny_model("llama")
+    head = random_head(model)
+    requests = [([5, 6, i], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)) for i in range(3)]
+    expected = [result.token_ids for result in run(build(model, decoder=LeanDecoder), requests)]
+    head.embed_tokens = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone(), requires_grad=False)
+    head.embed_tokens[expected[1][4]] = float("nan")
+    engine = build(model, head, decoder=LeanDecoder, tree_nodes=8)
+    going = run(engine, requests)
+    assert [result.token_ids for result in going] == expected
+
+
+def test_a_failing_target_ends_its_request_alone(recorded: Recorded) -> None:
+    model = poisoned_model()
+    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    expected = [result.token_ids for result in run(build(model, decoder=LeanDecoder), [([5, 6], params), ([7, 8, 9], params)])]
+    engine = build(model, random_head(model), decoder=LeanDecoder, tree_nodes=8)
+    outputs: dict[str, list[int]] = {}
+    for name, prompt in {"a": [5, 6], "poison": [5, 77], "b": [7, 8, 9]}.items():
+        engine.add_request(name, prompt, params)
+        outputs[name] = []
+    errors = []
+    while engine.has_work():
+        for output in engine.step()[0]:
+            outputs[output.request_id] += output.token_ids
+            errors += [output.request_id] if output.finish_reason == "error" else []
+    assert errors == ["poison"]
+    assert [outputs["a"], outputs["b"]] == expected
+
+
+SHAPE = TreeShape(16, 5, 6)
+USUAL = {1: 1.0, 2: 1.8, 4: 2.6, 8: 3.2, 16: 3.6}
+
+
+def seconds(flat: float) -> dict[int, dict[int, float]]:
+    """A step takes 1 up to ``flat`` rows, and what is beyond in proportion; drafting takes 0.2."""
+    return {b: {n: max(1.0, b * n / flat) + 0.2 * (n > 1) for n in (1, 2, 4, 8, 16)} for b in (1, 2, 4, 8, 16, 32)}
+
+
+def test_steps_are_timed_after_they_were_recorded() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def step(batch: int, shape: TreeShape) -> float:
+        calls.append((batch, shape.nodes))
+        return 5.0 if calls.count(calls[-1]) == 1 else batch + shape.nodes / 100
+
+    found = measure_trees(step, SHAPE, 4)
+    assert found == {b: {n: b + n / 100 for n in (1, 2, 4, 8, 16)} for b in (1, 2, 4)}
+    assert {shape for _, shape in calls} == {1, 2, 4, 8, 16}
+
+
+class TestRule:
+    """The rule on requests of a tiny engine that decodes nothing."""
+
+    def requests(self, count: int, **params: Any) -> list:
+        engine = build(tiny_model("llama"), max_num_seqs=32)
+        for i in range(count):
+            engine.add_request(str(i), [5], SamplingParams(temperature=0, **params))
+        return list(engine.scheduler.waiting)
+
+    @pytest.mark.parametrize(("batch", "nodes"), [(1, 16), (8, 8), (32, 2)])
+    def test_trees_shrink_with_the_batch(self, batch: int, nodes: int) -> None:
+        plan = FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(self.requests(batch))
+        assert plan.shape.nodes == nodes
+        assert len(plan.drafting) == batch
+        assert plan.shape.level_price == plan.shape.node_price == 0
+        assert plan.gain > 1.1
+
+    def test_nobody_drafts_where_it_cannot_pay(self) -> None:
+        rule = FixedTreeRule(SHAPE, seconds(8.0), USUAL)
+        requests = self.requests(32)
+        plans = [rule.choose(requests) for _ in range(200)]
+        tried = [i for i, plan in enumerate(plans) if plan.drafting]
+        assert 2 <= len(tried) <= 6
+        assert {len(plans[i].drafting) for i in tried} == {32}
+
+    def test_learns_what_requests_accept(self) -> None:
+        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(4)
+        steps = 0
+        while (plan := rule.choose(requests)).drafting and steps < 20:
+            steps += 1
+            plan.drafts = [(request, plan.shape.nodes - 1, 0) for request in plan.drafting]
+            plan.levels = plan.shape.depth
+            rule.observe(plan, None)
+        assert 2 < steps < 20
+
+    def test_learns_what_steps_take(self) -> None:
+        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(4)
+        for _ in range(60):
+            plan = rule.choose(requests)
+            plan.drafts = [(request, plan.shape.nodes - 1, 2) for request in plan.drafting]
+            plan.levels = plan.shape.depth
+            rule.observe(plan, 1.0 if not plan.drafting else 1.2 if plan.shape.nodes == 4 else 9.0)
+        assert plan.shape.nodes == 4
+
+    def test_requests_that_may_not_draft_do_not(self) -> None:
+        requests = self.requests(3) + self.requests(1, max_draft_nodes=0)
+        plan = FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(requests)
+        assert plan.drafting == requests[:3]
+        assert not FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(requests[3:]).drafting

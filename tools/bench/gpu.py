@@ -1,0 +1,195 @@
+"""python -m tools.bench.gpu: the demo pair inflated to a large model on an NVIDIA GPU, plain and speculative, beside transformers.
+
+The pair is made on the GPU and not written down. All systems share its weights and take turns in one process; plain decoding and
+speculation have engines of their own. Prompts, tokens and ratios are as in ``tools.bench``, but that every stream gets the same number of
+prompts. What a plain step of one stream takes is set beside the time in which the GPU reads the weights, at the rate at which it copies.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from drafts.eagle3 import Eagle3Head
+from kernels.bench import copy_rate
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.lean import LeanDecoder
+from server.engine.target import Target, self_check
+from server.engine.types import SamplingParams
+from tools.bench.arguments import PROMPTS, counts, positive, temperatures
+from tools.bench.backends import batches
+from tools.bench.inflate import LIKE, inflated_config, inflated_head, inflated_target, plan_inflation
+from tools.bench.report import Row, rows, table
+from tools.bench.rounds import Round, measure
+from tools.bench.work import PLAIN, SPECULATION
+from tools.prompts import read_prompts
+from tools.train_vsd.generate import complete
+
+DTYPE = torch.bfloat16
+GENERATE, LOOKUP = "hf", "hf-prompt-lookup"
+LOOKUP_TOKENS = 10  # transformers' own default is to draft what is found up to this
+
+
+@dataclass(frozen=True)
+class PlainStep:
+    """Of one stream: ``weights`` gigabytes must be read, at ``copy`` gigabytes per second at best; ``share``: of that rate."""
+
+    milliseconds: float
+    weights: float
+    copy: float
+    share: float
+
+
+def make_pair(like: str, context: int, device: torch.device) -> tuple[LlamaForCausalLM, Eagle3Head, PreTrainedTokenizerFast]:
+    """The demo pair, inflated, on ``device``."""
+    target, draft = str(EngineConfig.model), str(EngineConfig.draft)
+    config, head, inflater = plan_inflation(target, draft, like, device)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    torch.set_default_dtype(DTYPE)
+    with device:
+        large = LlamaForCausalLM(inflated_config(config, inflater, DTYPE, context))
+    torch.set_default_dtype(torch.float32)
+    own = large.state_dict()
+    with torch.no_grad():
+        for part in inflated_target(model, inflater):
+            for name, tensor in part.items():
+                own[name].copy_(tensor)
+    large_head = inflated_head(head, inflater).to(device, DTYPE).requires_grad_(False)
+    large_head.share_embedding(large.get_input_embeddings().weight)
+    return large.eval(), large_head, AutoTokenizer.from_pretrained(target)
+
+
+class Systems:
+    """Both engines and transformers over one model."""
+
+    def __init__(self, args: argparse.Namespace, longest: int) -> None:
+        device = torch.device("cuda")
+        config = EngineConfig(
+            device="cuda", dtype="bfloat16", max_num_seqs=max(args.concurrency), max_model_len=longest + args.max_tokens,
+            tree_nodes=args.tree_nodes, tree_depth=args.tree_depth, tree_topk=args.tree_topk, prefix_caching=False,
+        )  # fmt: skip
+        self.model, head, tokenizer = make_pair(args.like, longest + args.max_tokens, device)
+        decoder = LeanDecoder(self.model)
+        target = Target(self.model, True, decoder)
+        self_check(target, config.block_size)
+        self.engines = {
+            PLAIN: Engine(Target(self.model, False, decoder), None, tokenizer, config),
+            SPECULATION: Engine(target, head, tokenizer, config),
+        }
+        read = sum(p.nbytes for p in decoder.parameters()) - self.model.get_input_embeddings().weight.nbytes
+        self.weights = read / 1e9
+        self.model.set_attn_implementation("sdpa")  # transformers' own forward pass is used by its generate alone
+
+    def run(self, system: str, prompts: Sequence[list[int]], progress: tqdm, concurrency: int, temperature: float, tokens: int) -> Round:
+        start = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start[0].record()
+        steps = accepted = 0
+        if system in self.engines:
+            requests = [
+                (prompt, SamplingParams(max_tokens=tokens, temperature=temperature, seed=seed, ignore_eos=True))
+                for seed, prompt in enumerate(prompts)
+            ]
+            done = sorted(complete(self.engines[system], requests, concurrency), key=lambda completion: completion.index)
+            answers = [completion.token_ids for completion in done]
+            steps = sum(completion.speculation.num_steps for completion in done)
+            accepted = sum(completion.speculation.num_accepted_tokens for completion in done)
+        else:
+            answers = [answer for batch in batches(list(prompts), concurrency) for answer in self._generate(batch, system, tokens)]
+        start[1].record()
+        start[1].synchronize()
+        progress.update(len(prompts))
+        lengths = tuple(map(len, answers))
+        return Round(start[0].elapsed_time(start[1]) / 1000, tuple(map(tuple, answers)), lengths, steps, accepted)
+
+    @torch.inference_mode()
+    def _generate(self, prompts: list[list[int]], system: str, tokens: int) -> list[list[int]]:
+        """transformers' greedy generate: left-padded batches; prompt lookup takes one prompt at a time."""
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device="cuda")
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device="cuda")
+        options: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if system == LOOKUP else {}
+        out = self.model.generate(
+            ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
+            **options,
+        )  # fmt: skip
+        return out[:, width : width + tokens].tolist()
+
+    def plain_step(self, prompt: list[int], copy: float) -> PlainStep:
+        engine = self.engines[PLAIN]
+        engine.add_request("plain step", prompt, SamplingParams(max_tokens=96, temperature=0, ignore_eos=True))
+        seconds = []
+        while engine.has_work():
+            stats = engine.step()[1]
+            seconds.append(stats.seconds)
+        typical = median(seconds[8:])
+        return PlainStep(1000 * typical, self.weights, copy, self.weights / typical / copy)
+
+
+def bench(args: argparse.Namespace) -> tuple[list[Row], PlainStep]:
+    copy = copy_rate()
+    tokenizer = AutoTokenizer.from_pretrained(EngineConfig.model)
+    prompts = read_prompts(args.prompts, tokenizer, max(args.concurrency) * args.per_stream)
+    systems = Systems(args, max(map(len, prompts)))
+    gc.collect()
+    step = systems.plain_step(prompts[0], copy)
+    print(
+        f"a plain step of one stream: {step.milliseconds:.2f} ms, {step.share:.0%} of {copy:.0f} GB/s over {step.weights:.2f} GB",
+        flush=True,
+    )
+    result: list[Row] = []
+    for temperature in args.temperature:
+        for concurrency in args.concurrency:
+            names = [PLAIN, SPECULATION, *([GENERATE, LOOKUP] if concurrency == 1 and temperature == 0 else [])]
+            turn = partial(systems.run, concurrency=concurrency, temperature=temperature, tokens=args.max_tokens)
+            part = prompts[: max(concurrency * args.per_stream, args.fewest)]
+            title = f"T={temperature:g} concurrency {concurrency}"
+            measured, failed = measure(names, turn, part, concurrency, args.rounds, title)
+            result += rows(measured, PLAIN, concurrency, temperature, ())  # in 16 bits texts may part at a tie
+            result += [Row(name, concurrency, temperature, missing=why) for name, why in failed.items()]
+            print(table(result[-len(names) :]), flush=True)
+    return result, step
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--like", default="llama-3.1-8b", help=f"{', '.join(LIKE)}, or sizes as tools.bench.inflate takes (default %(default)s)"
+    )
+    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="JSON lines with turns, messages or prompt")
+    parser.add_argument("--concurrency", type=counts, default=[1, 32, 128], metavar="N,N", help="default 1,32,128")
+    parser.add_argument("--temperature", type=temperatures, default=[0.0, 1.0], metavar="T,T", help="default 0,1")
+    parser.add_argument("--per-stream", type=positive, default=1, metavar="N", help="prompts for every stream (default %(default)s)")
+    parser.add_argument("--fewest", type=positive, default=4, metavar="N", help="prompts at least (default %(default)s)")
+    parser.add_argument("--max-tokens", type=positive, default=96, metavar="N", help="generated per prompt (default %(default)s)")
+    parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="measured rounds (default %(default)s)")
+    parser.add_argument("--tree-nodes", type=positive, default=32, metavar="N", help="default %(default)s")
+    parser.add_argument("--tree-depth", type=positive, default=7, metavar="N", help="default %(default)s")
+    parser.add_argument("--tree-topk", type=positive, default=6, metavar="N", help="default %(default)s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there as well")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("tools.bench.gpu needs an NVIDIA GPU, and torch finds none.", file=sys.stderr)
+        return 1
+    result, step = bench(args)
+    if args.json:
+        settings = {name: getattr(args, name) for name in ("like", "rounds", "max_tokens", "tree_nodes", "tree_depth", "tree_topk")}
+        found = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"} | settings
+        args.json.write_text(json.dumps(found | {"plain_step": asdict(step), "rows": [asdict(row) for row in result]}, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
