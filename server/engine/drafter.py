@@ -140,14 +140,14 @@ class Drafter:
         temperature: Tensor, limits: Tensor | None, shape: TreeShape, max_context: int,
     ) -> tuple[Pool, ...]:  # fmt: skip
         """The nodes of every level; ``rows`` are places in ``state``."""
-        topk = shape.topk
+        topk, sigma = shape.topk, sigma.t().contiguous()
         expanded = torch.arange((shape.depth - 1) * topk, device=rows.device)
         layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
         own_bits = torch.ones_like(expanded) << expanded
         y = self.state[rows][:, None]
         logits = self.head.logits(y, temperature[:, None])
         start = torch.zeros_like(temperature) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
-        level = draft_level(logits, options, noise, 0, sigma[:, 0], self._target_ids, start[:, None], topk)
+        level = draft_level(logits, options, noise, 0, sigma[0], self._target_ids, start[:, None], topk)
         ancestors = torch.zeros_like(level.best)
         levels = [Pool(level.scores, level.tokens, ancestors)]
         first = 1  # of the last level's places in the pool; the root has place 0
@@ -164,7 +164,7 @@ class Drafter:
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
             y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), temperature)
             logits = self.head.logits(y, temperature[:, None])
-            level = draft_level(logits, options, noise, depth, sigma[:, depth], self._target_ids, expanded_scores, topk)
+            level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, expanded_scores, topk)
             levels.append(Pool(level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
             first += levels[-2].scores.shape[1]
         return tuple(levels)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from kernels.noise import gumbel_noise
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.lean import LeanDecoder
 from server.engine.target import Target
 from server.engine.types import SamplingParams
 from tests.engine.engines import Result, letter_tokenizer, random_head, run
@@ -108,7 +109,8 @@ def test_random_model_of_a_billion_parameters(dtype: torch.dtype, rounding: floa
     config = EngineConfig(load_rule=False, max_num_seqs=8, max_model_len=256, tree_nodes=32, kv_cache_memory=2 << 30)
     prompts = torch.randint(0, LLAMA_1B["vocab_size"], (16, 20)).tolist()
     requests = [(prompt, SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)) for prompt in prompts]
-    plain = texts(run(Engine(Target(model, taps=False), None, tokenizer, config), requests))
-    speculative = texts(run(Engine(Target(model, taps=True), head, tokenizer, config), requests))
+    decoder = LeanDecoder(model)
+    plain = texts(run(Engine(Target(model, taps=False, decoder=decoder), None, tokenizer, config), requests))
+    speculative = texts(run(Engine(Target(model, taps=True, decoder=decoder), head, tokenizer, config), requests))
     model.set_attn_implementation("sdpa")
     check_same(model, requests, speculative, plain, rounding, most)
