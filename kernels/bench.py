@@ -89,7 +89,7 @@ def _timed(run: Callable[[], object]) -> float:
 def parents(batch: int, nodes: int) -> Tensor:
     """A tree in level order, eight nodes a level, int64 [B, N]."""
     node = torch.arange(nodes, device=DEVICE)
-    return torch.where(node <= 8, 0, node - 8 + node % 3 - 1).clamp(min=0).expand(batch, -1).contiguous()
+    return torch.where(node <= 8, 0, node - 8 - (node - 1) % 8 + 3 * node % 8).expand(batch, -1).contiguous()
 
 
 def attention(batch: int, context: int, nodes: int = 32) -> Case:

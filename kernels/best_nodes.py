@@ -76,7 +76,7 @@ def best_nodes_triton(
     count = worthwhile_nodes(ordered, nodes, node_price)
     token, parent = (torch.empty(batch, count + 1, dtype=torch.long, device=scores.device) for _ in range(2))
     best_nodes_kernel[(batch,)](
-        roots, scores, tokens, parents, token, parent, drafted, count, NODES=triton.next_power_of_2(count + 1), CHUNK=64
+        roots, scores, tokens, parents, token, parent, drafted, count, NODES=triton.next_power_of_2(count + 1), CHUNK=64, num_warps=8
     )
     return token, parent
 

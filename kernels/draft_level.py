@@ -12,6 +12,8 @@ from kernels.jit import jit, tl, triton
 from kernels.noise import Noise, gumbel_at, gumbel_tile
 from kernels.sampling import OptionPointers, SamplingBatch, TreePointers, adjust, apply_options, load_options
 
+BLOCK, SEGMENT = 512, 128  # tokens of the vocabulary that a program scores, and of which it keeps one largest score
+
 
 class DraftLevel(NamedTuple):
     """Children of R rows, ``topk`` each: child c of a request is child c % topk of row c // topk."""
@@ -53,15 +55,28 @@ def _of_draft(options: SamplingBatch, target_ids: Tensor | None) -> SamplingBatc
 
 
 @jit
-def tile_children_kernel(
+def _scores(
+    logits: tl.tensor, sampling: tl.tuple, per_token: tl.tuple, tree: tl.tuple, cuts: tl.tensor, gumbel: tl.tensor,
+    inverse_sigma: tl.tensor, b: tl.tensor, row: tl.tensor, ids: tl.tensor, inside: tl.tensor,
+) -> tl.tensor:  # fmt: skip
+    """(Logits after options + noise) / sigma, float32 of the shape of ``ids``, -inf where not ``inside``; ``logits``: of the row."""
+    x = tl.load(logits + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    x = adjust(x, sampling, per_token, tree, b, row, ids)
+    if cuts is not None:
+        x = tl.where(x < tl.load(cuts + b * tree.nodes + row), float("-inf"), x)
+    return (x + gumbel) * inverse_sigma
+
+
+@jit
+def segments_kernel(
     logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, sampling: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
-    depth: tl.tensor, sigma: tl.tensor, target_ids: tl.tensor, values: tl.tensor, ids_out: tl.tensor, sums: tl.tensor,
-    vocab: tl.tensor, topk: tl.tensor, BLOCK: tl.constexpr,
+    depth: tl.tensor, sigma: tl.tensor, target_ids: tl.tensor, tops: tl.tensor, sums: tl.tensor, vocab: tl.tensor, segments: tl.tensor,
+    BLOCK: tl.constexpr, SEGMENT: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per (tile of the vocabulary, request): of every row the tile's ``topk`` scores, and the sum of their exponentials
-    relative to the largest. values, ids_out [B, R, tiles, topk]; sums [B, R, tiles].
+    """One program per (tile of the vocabulary, request): of every row and segment the largest score, and the sum of the exponentials
+    relative to it; tops, sums [B, R, segments]. The rows share their noise.
     """
-    tile, b, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    tile, b = tl.program_id(0), tl.program_id(1)
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     inside = ids < vocab
     per_token = load_options(sampling, b, ids, vocab)
@@ -74,49 +89,64 @@ def tile_children_kernel(
             else:
                 gumbel = gumbel_at(seed, position, tl.load(target_ids + ids, mask=inside, other=0))
     inverse_sigma = 1.0 / tl.load(sigma + b)
+    segment = tile * (BLOCK // SEGMENT) + tl.arange(0, BLOCK // SEGMENT)
     for row in range(tree.nodes):
-        x = tl.load(logits + b.to(tl.int64) * stride_b + row * stride_n + ids, mask=inside, other=float("-inf")).to(tl.float32)
-        x = adjust(x, sampling, per_token, tree, b, row, ids)
-        if cuts is not None:
-            x = tl.where(x < tl.load(cuts + b * tree.nodes + row), float("-inf"), x)
-        x = (x + gumbel) * inverse_sigma
-        top = tl.max(x)
-        out = (b * tree.nodes + row) * tiles + tile
-        # A tile of -inf adds nothing; NaN and +inf make the row's sum NaN, and then it has no children.
-        tl.store(sums + out, tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top))))
-        x = tl.where(x == x, x, float("-inf"))
-        for k in range(topk):
-            value = tl.max(x)
-            token = tl.min(tl.where(x == value, ids, vocab))
-            tl.store(values + out * topk + k, value)
-            tl.store(ids_out + out * topk + k, token)
-            x = tl.where(ids == token, float("-inf"), x)
+        of_row = logits + b.to(tl.int64) * stride_b + row * stride_n
+        x = _scores(of_row, sampling, per_token, tree, cuts, gumbel, inverse_sigma, b, row, ids, inside)
+        x = tl.reshape(tl.where(inside, x, float("-inf")), [BLOCK // SEGMENT, SEGMENT])
+        top = tl.max(tl.where(x == x, x, float("-inf")), 1)
+        # A segment of -inf adds nothing; NaN and +inf make the row's sum NaN, and then it has no children.
+        total = tl.sum(tl.exp(x - tl.where(top == float("-inf"), 0.0, top)[:, None]), 1)
+        place = (b * tree.nodes + row) * segments + segment
+        tl.store(tops + place, top, mask=segment < segments)
+        tl.store(sums + place, total, mask=segment < segments)
 
 
 @jit
 def row_children_kernel(
-    values: tl.tensor, ids: tl.tensor, sums: tl.tensor, parent_scores: tl.tensor, target_ids: tl.tensor, scores: tl.tensor,
-    tokens: tl.tensor, tiles: tl.tensor, topk: tl.tensor, CANDIDATES: tl.constexpr, TILES: tl.constexpr,
+    logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, sampling: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
+    depth: tl.tensor, sigma: tl.tensor, target_ids: tl.tensor, tops: tl.tensor, sums: tl.tensor, parent_scores: tl.tensor,
+    scores: tl.tensor, tokens: tl.tensor, vocab: tl.tensor, segments: tl.tensor, topk: tl.tensor,
+    SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr, TOPK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per row: its ``topk`` best of all tiles, normalised, with the parent's score added."""
-    row = tl.program_id(0)
-    tile = tl.arange(0, TILES)
-    tops = tl.load(values + (row * tiles + tile) * topk, mask=tile < tiles, other=float("-inf"))
-    top = tl.max(tops)
+    """One program per (row, request): its ``topk`` best scores, which lie in the ``topk`` segments with the largest tops, normalised,
+    with the parent's score added.
+    """
+    row, b = tl.program_id(0), tl.program_id(1)
+    line = b * tree.nodes + row
+    segment = tl.arange(0, SEGMENTS)
+    best = tl.load(tops + line * segments + segment, mask=segment < segments, other=float("-inf"))
+    top = tl.max(best)
     top = tl.where(top == float("-inf"), 0.0, top)
-    normaliser = top + tl.log(tl.sum(tl.load(sums + row * tiles + tile, mask=tile < tiles, other=0.0) * tl.exp(tops - top)))
-    offset = tl.load(parent_scores + row) - normaliser
-    candidate = tl.arange(0, CANDIDATES)
-    x = tl.load(values + row * tiles * topk + candidate, mask=candidate < tiles * topk, other=float("-inf"))
+    normaliser = top + tl.log(tl.sum(tl.load(sums + line * segments + segment, mask=segment < segments, other=0.0) * tl.exp(best - top)))
+    offset = tl.load(parent_scores + line) - normaliser
+    child = tl.arange(0, TOPK)
+    chosen = tl.full([TOPK], -1, tl.int32)
+    for k in range(topk):
+        value = tl.max(best)
+        first = tl.min(tl.where(best == value, segment, SEGMENTS))
+        chosen = tl.where(child == k, tl.where(value > float("-inf"), first, -1), chosen)
+        best = tl.where(segment == first, float("-inf"), best)
+
+    ids = tl.reshape(chosen[:, None] * SEGMENT + tl.arange(0, SEGMENT)[None, :], [TOPK * SEGMENT])
+    inside = (ids >= 0) & (ids < vocab)
+    ids = tl.where(inside, ids, 0)
+    gumbel = tl.zeros([TOPK * SEGMENT], tl.float32)
+    token = ids if target_ids is None else tl.load(target_ids + ids)
+    if noise is not None:  # noqa: SIM102
+        if tl.load(noise.sampled + b) != 0:
+            gumbel = gumbel_at(tl.load(noise.seeds + b), tl.load(noise.positions + b) + depth, token)
+    of_row = logits + b.to(tl.int64) * stride_b + row * stride_n
+    per_token = load_options(sampling, b, ids, vocab)
+    x = _scores(of_row, sampling, per_token, tree, cuts, gumbel, 1.0 / tl.load(sigma + b), b, row, ids, inside)
+    x = tl.where(inside & (x == x), x, float("-inf"))
+    candidate = tl.arange(0, TOPK * SEGMENT)
     for k in range(topk):
         value = tl.max(x)
-        first = tl.min(tl.where(x == value, candidate, CANDIDATES))
-        token = tl.load(ids + row * tiles * topk + first).to(tl.int64)
-        if target_ids is not None:
-            token = tl.load(target_ids + token)
+        first = tl.min(tl.where(x == value, candidate, TOPK * SEGMENT))
         score = value + offset
-        tl.store(scores + row * topk + k, tl.where(score == score, score, float("-inf")))
-        tl.store(tokens + row * topk + k, token)
+        tl.store(scores + line * topk + k, tl.where(score == score, score, float("-inf")))
+        tl.store(tokens + line * topk + k, tl.sum(tl.where(candidate == first, token, 0)).to(tl.int64))
         x = tl.where(candidate == first, float("-inf"), x)
 
 
@@ -156,24 +186,19 @@ def draft_level_triton(
         none = torch.zeros(batch, rows, dtype=torch.long, device=device)
         tree = TreePointers(none - 1, none, none + depth, rows)
     cuts = filter_cuts_triton(logits, pointers, tree)
-    block = min(max(512, triton.next_power_of_2(triton.cdiv(vocab, 64))), triton.next_power_of_2(vocab))
-    tiles = triton.cdiv(vocab, block)
-    values = torch.empty(batch, rows, tiles, topk, device=device)
-    ids = torch.empty(batch, rows, tiles, topk, dtype=torch.int32, device=device)
-    sums = torch.empty(batch, rows, tiles, device=device)
-    tile_children_kernel[tiles, batch](
-        logits, *logits.stride()[:2], pointers, tree, cuts, noise and noise.key, depth, sigma, target_ids, values, ids, sums, vocab, topk,
-        BLOCK=block, num_warps=max(1, block // 512), enable_fp_fusion=False,
-    )  # fmt: skip
+    segments = triton.cdiv(vocab, SEGMENT)
+    tops, sums = (torch.empty(batch, rows, segments, device=device) for _ in range(2))
+    inputs = logits, *logits.stride()[:2], pointers, tree, cuts, noise and noise.key, depth, sigma, target_ids, tops, sums
+    segments_kernel[triton.cdiv(vocab, BLOCK), batch](*inputs, vocab, segments, BLOCK, SEGMENT, num_warps=1, enable_fp_fusion=False)
     level = DraftLevel(
         torch.empty(batch, rows * topk, device=device),
         torch.empty(batch, rows * topk, dtype=torch.long, device=device),
         torch.empty(batch, topk, device=device),
         torch.empty(batch, topk, dtype=torch.long, device=device),
     )
-    row_children_kernel[(batch * rows,)](
-        values, ids, sums, scores.contiguous(), target_ids, level.scores, level.tokens, tiles, topk,
-        CANDIDATES=triton.next_power_of_2(tiles * topk), TILES=triton.next_power_of_2(tiles),
+    row_children_kernel[rows, batch](
+        *inputs, scores.contiguous(), level.scores, level.tokens, vocab, segments, topk,
+        triton.next_power_of_2(segments), SEGMENT, triton.next_power_of_2(topk), num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     best_children_kernel[(batch,)](
         level.scores, level.best_scores, level.best, rows * topk, topk, CHILDREN=triton.next_power_of_2(rows * topk)

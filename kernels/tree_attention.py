@@ -13,7 +13,7 @@ from kernels.tree_layout import TreeLayout
 
 LOG2_E = 1.4426950408889634
 COMBINED = 2  # outputs whose splits one program adds up
-PROGRAMS = 264  # of one request with a long context: two for every multiprocessor of a large GPU
+PROGRAMS = 264  # of one request with a long context: two for every multiprocessor of a large GPU, or one with a tile of 128 rows
 
 
 def tree_attention(
@@ -73,14 +73,21 @@ class Tiles(NamedTuple):
 def choose_tiles(rows: int, group: int, kv_heads: int, size: int, dtype: torch.dtype, capability: int) -> Tiles:
     """Nothing here depends on the batch, so that a request's result does not."""
     most_rows = 128 if size <= 128 else 64
-    # Elsewhere Q stays in registers and shared memory is less than half as large.
-    columns = (64 if capability // 10 in (9, 10) else 32) * most_rows // 128
-    if dtype == torch.float32:  # without tensor cores, larger tiles would spill
-        most_rows, columns = 16, 16
     tile_rows = min(max(16, triton.next_power_of_2(rows * group)), most_rows)
-    splits = max(1, PROGRAMS // (kv_heads * triton.cdiv(rows * group, tile_rows)))
+    programs, warps, stages = PROGRAMS, 4, 5
+    if dtype == torch.float32:  # without tensor cores, larger tiles would spill
+        tile_rows = columns = 16
+    elif capability // 10 not in (9, 10):  # Q stays in registers, and shared memory is less than half as large
+        columns, warps = 32 * most_rows // 128, 8 if tile_rows == 128 or tile_rows * size > 8192 else 4
+    elif tile_rows == 16 and size <= 128:
+        columns, stages = 128, 3
+    else:
+        columns = 64 * most_rows // 128
+        if tile_rows == 128 or tile_rows * size > 8192:
+            programs, warps, stages = PROGRAMS // 2, 8, 5
+    splits = max(1, programs // (kv_heads * triton.cdiv(rows * group, tile_rows)))
     # A split's partial result is written and read again, which must stay little beside the K and V that the split reads.
-    return Tiles(tile_rows, columns, max(256, 4 * tile_rows), splits, 8 if tile_rows * size > 8192 else 4, 4)
+    return Tiles(tile_rows, columns, max(256, 4 * tile_rows), splits, warps, stages)
 
 
 def tree_attention_triton(
@@ -108,7 +115,7 @@ def tree_attention_triton(
         LOG2_E * (scale if softcap is None else softcap), None if softcap is None else scale / softcap,
         rows, layout.first_column, layout.block_tables.stride(0), layout.depth.stride(0), q.stride(0), q.stride(1), q.stride(2),
         kv_heads, heads // kv_heads, size, max(16, triton.next_power_of_2(size)), layout.block_size, words, sliding_window,
-        k_cache.numel() < 2**31, *tiles[:4], num_warps=tiles.warps, num_stages=tiles.stages,
+        *tiles[:4], num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if lse is not None:
         combine_kernel[triton.cdiv(rows * heads, COMBINED), batch](
@@ -125,7 +132,7 @@ def tree_attention_kernel(
     rows: tl.tensor, first_column: tl.tensor, table_stride: tl.tensor, depth_stride: tl.tensor,
     q_request: tl.tensor, q_row: tl.tensor, q_head: tl.tensor,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WORDS: tl.constexpr, WINDOW: tl.constexpr, SMALL: tl.constexpr,
+    WORDS: tl.constexpr, WINDOW: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (tile of rows and KV head, split, request); a row is one head of the group at one new row.
@@ -168,14 +175,14 @@ def tree_attention_kernel(
     tail = begin + tl.maximum(tl.minimum(end, context) - begin, 0) // COLUMNS * COLUMNS
     for start in range(begin, tail, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        offset = row_offsets(table, columns, None, KV_HEADS * SIZE, BLOCK_SIZE, SMALL)[:, None] + size[None, :]
+        offset = row_offsets(table, columns, None, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
         loaded = None if SIZE == PADDED_SIZE else (size < SIZE)[None, :]
         fill = None if SIZE == PADDED_SIZE else 0.0
         visible = None if WINDOW is None else columns[None, :] >= oldest[:, None]
         keys, values = tl.load(k_cache + offset, mask=loaded, other=fill), tl.load(v_cache + offset, mask=loaded, other=fill)
         highest, total, sums = attend(queries, keys, values, visible, highest, total, sums, scale, inner_scale)
 
-    for start in tl.range(tail, end, COLUMNS, num_stages=1):  # few tiles, and loads ahead would take registers
+    for start in range(tail, end, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         node = columns - context
         # What nobody wrote may be anything, and a mask does not stop a NaN of V.
@@ -187,19 +194,17 @@ def tree_attention_kernel(
         if WINDOW is not None:
             node_depth = tl.load(depth + request * depth_stride + node, mask=(node >= 0) & (node < rows), other=0).to(tl.int32)
             visible &= tl.where(node < 0, columns, context + node_depth)[None, :] >= oldest[:, None]
-        offset = row_offsets(table, columns, written, KV_HEADS * SIZE, BLOCK_SIZE, SMALL)[:, None] + size[None, :]
+        offset = row_offsets(table, columns, written, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
         loaded = written[:, None] & (size < SIZE)[None, :]
         keys, values = tl.load(k_cache + offset, mask=loaded, other=0.0), tl.load(v_cache + offset, mask=loaded, other=0.0)
         highest, total, sums = attend(queries, keys, values, visible, highest, total, sums, scale, inner_scale)
 
     divisor = tl.where(total == 0, 1.0, total)
-    share = tl.where(is_live, 1.0 / divisor, 0.0)
-    first = (split * tl.num_programs(2) + request) * rows * (KV_HEADS * GROUP)
-    place = row * (KV_HEADS * GROUP) + query_head
-    mask = (row < rows)[:, None] & (size < SIZE)[None, :]
-    tl.store(out + first * SIZE + (place[:, None] * SIZE + size[None, :]), (sums * share[:, None]).to(out.dtype.element_ty), mask=mask)
+    place = ((split * tl.num_programs(2) + request) * rows + row) * (KV_HEADS * GROUP) + query_head
+    result = tl.where(is_live[:, None], sums / divisor[:, None], 0.0).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * SIZE + size[None, :], result, mask=(row < rows)[:, None] & (size < SIZE)[None, :])
     if lse is not None:
-        tl.store(lse + first + place, highest + tl.log2(divisor), mask=row < rows)
+        tl.store(lse + place, highest + tl.log2(divisor), mask=row < rows)
 
 
 @jit
@@ -214,15 +219,9 @@ def split_columns(
 
 
 @jit
-def row_offsets(
-    table: tl.tensor, columns: tl.tensor, written: tl.tensor, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, SMALL: tl.constexpr
-) -> tl.tensor:
-    """Where the cache's rows of ``WIDTH`` elements begin, [columns]: int32 where the cache is SMALL, else int64; only ``written`` ones
-    are looked up, None: all are.
-    """
+def row_offsets(table: tl.tensor, columns: tl.tensor, written: tl.tensor, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> tl.tensor:
+    """Where the cache's rows of ``WIDTH`` elements begin, int64 [columns]; only ``written`` ones are looked up, None: all are."""
     blocks = tl.load(table + columns // BLOCK_SIZE, mask=written, other=None if written is None else 0)
-    if SMALL:
-        blocks = blocks.to(tl.int32)
     return (blocks * BLOCK_SIZE + columns % BLOCK_SIZE) * WIDTH
 
 
@@ -231,10 +230,12 @@ def sees(row: tl.tensor, node: tl.tensor, ancestors: tl.tensor, place: tl.tensor
     """Which ``node`` [columns] each row sees: all before the context's end, then its ancestors or, without a tree, rows up to itself."""
     if ancestors is None:
         return node[None, :] <= row[:, None]
-    found = tl.load(ancestors + place * WORDS, mask=is_live, other=0)[:, None]
-    for word in tl.static_range(1, WORDS):
-        found = tl.where((node >= 32 * word)[None, :], tl.load(ancestors + place * WORDS + word, mask=is_live, other=0)[:, None], found)
-    return (((found >> (node & 31)[None, :]) & 1) != 0) | (node < 0)[None, :]
+    found = tl.zeros([row.shape[0], node.shape[0]], tl.int32)
+    for word in tl.static_range(WORDS):
+        bit = node - 32 * word
+        bit = tl.where((bit >= 0) & (bit < 32), 1 << tl.minimum(tl.maximum(bit, 0), 31), 0)
+        found |= tl.load(ancestors + place * WORDS + word, mask=is_live, other=0)[:, None] & bit[None, :]
+    return (found != 0) | (node < 0)[None, :]
 
 
 @jit
