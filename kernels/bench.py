@@ -61,6 +61,7 @@ class Row:
 def microseconds(run: Callable[[], object]) -> float:
     """Median over replays of a graph of one call."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # which may still make what is read
     with torch.inference_mode(), torch.cuda.stream(stream):  # compiles, and lets libraries allocate outside the capture
         for _ in range(3):
             run()

@@ -70,8 +70,11 @@ class Graphs:
 
 
 def graph_context(tokens: int) -> int:
-    """The ``max_context`` of a graph for so many tokens: attention launches programs for all of it, and those past the end return."""
-    return max(256, 1 << (tokens - 1).bit_length())
+    """The ``max_context`` of a graph for so many tokens, 256, 1024, 4096, ...: attention launches programs for all of it, and those past
+    the end return at once.
+    """
+    bits = max(8, (tokens - 1).bit_length())
+    return 1 << bits + bits % 2
 
 
 def cuda_recorder(device: torch.device) -> Recorder:
@@ -92,8 +95,9 @@ def cuda_recorder(device: torch.device) -> Recorder:
 
 
 def _filled_up(count: int) -> int:
-    """1, 2, 4, then multiples of 8, and from 64 on steps of an eighth or less: of what is computed little is filling."""
-    step = 1 << max(0, min(3, (count - 1).bit_length() - 1)) if count <= 64 else 1 << (count - 1).bit_length() - 3
+    """1, 2, 4, ..., 32, then four sizes up to the double: a GPU takes as long for few as for somewhat more."""
+    bits = (count - 1).bit_length()
+    step = 1 << (bits if count <= 32 else bits - 3)
     return -(-count // step) * step
 
 

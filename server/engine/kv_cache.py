@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kernels.rope_store import store_kv
 from server.engine.config import EngineError
+from server.engine.host import on_device
 
 PADDING_BLOCK = 0  # takes the K and V of padding rows; never given to a request
 
@@ -82,7 +83,7 @@ class BlockPool:
         for block in owned:
             self._owners[block] += 1
         self.tables[row] = PADDING_BLOCK
-        self.tables[row, : len(owned)] = torch.tensor(owned, device=self.tables.device)
+        self.tables[row, : len(owned)] = on_device(owned, self.tables.device)
         return row
 
     def grow(self, row: int, slots: int) -> bool:

@@ -22,7 +22,7 @@ class Pool(NamedTuple):
     parents: Tensor  # int64 [B, M], the parent's place in the pool, counted from 1 on; 0: the root
 
     def to(self, device: torch.device) -> "Pool":
-        return Pool(*(part.to(device) for part in self))
+        return Pool(*(part.to(device, non_blocking=True) for part in self))
 
 
 def merge(pool: Pool, others: Pool, levels: int) -> Pool:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from server.engine.batch import context_lens, last_tokens, table_rows
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
 from server.engine.drafter import Drafter, TreeShape
+from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.ngram import Candidates, Ngrams
 from server.engine.pool import best_tree, root_only
@@ -66,12 +68,12 @@ class Proposer:
         counts = list(map(len, features))
         spans = [(r, place) for r, n in zip(behind, counts, strict=True) for place in range(r.draft_len, r.draft_len + n)]
         entries = [(request.row, place, request.token_ids[place + 1]) for request, place in spans]
-        owners, positions, tokens = torch.tensor(entries, device=self.device).unbind(1)
+        owners, positions, tokens = on_device(entries, self.device).unbind(1)
         size, tables = self.pool.block_size, self.pool.tables
         slots = tables[owners, positions // size] * size + positions % size
-        last = torch.tensor(counts, device=self.device).cumsum(0) - 1
+        last = on_device([end - 1 for end in accumulate(counts)], self.device)
         rows, ends = table_rows(behind, self.device), [request.draft_len + n - 1 for request, n in zip(behind, counts, strict=True)]
-        lengths, temperature = torch.tensor(ends, device=self.device), self._temperature(behind)
+        lengths, temperature = on_device(ends, self.device), self._temperature(behind)
         self.drafter.extend(rows, torch.cat(features), tokens, positions, slots, last, tables[rows], lengths, temperature, max(ends))
         for request, n in zip(behind, counts, strict=True):
             request.draft_len += n
@@ -148,7 +150,7 @@ class Proposer:
     def _temperature(self, requests: list[Request]) -> Tensor:
         """What the head is told, float32 [B]: 0 for greedy requests, 1 from temperature 1 on."""
         params = [request.params for request in requests]
-        return torch.tensor([0.0 if p.greedy else min(p.temperature, 1.0) for p in params], device=self.device)
+        return on_device([0.0 if p.greedy else min(p.temperature, 1.0) for p in params], self.device)
 
     def learn(self, requests: list[Request], places: list[int], verdict: Verdict) -> None:
         """Compare the best first guesses with the target's tokens there, which are known whatever was accepted.
@@ -166,12 +168,12 @@ class Proposer:
 
     def _sigma(self, requests: list[Request], levels: int) -> Tensor:
         """Drafting temperatures, float32 [B, levels]."""
-        return torch.tensor([level_sigmas(self.sigma, request.params.temperature, levels) for request in requests], device=self.device)
+        return on_device([level_sigmas(self.sigma, request.params.temperature, levels) for request in requests], self.device)
 
     def _limits(self, requests: list[Request], shape: TreeShape) -> Tensor | None:
         """Most drafted nodes of every request, int64 [B]; None where the shape is the only limit."""
         limits = [request.max_draft_nodes for request in requests]
-        return torch.tensor(limits, device=self.device) if min(limits) < shape.nodes - 1 else None
+        return on_device(limits, self.device) if min(limits) < shape.nodes - 1 else None
 
 
 def text_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels.noise import Noise, NoiseKey, gumbel_noise
 from kernels.sampling import Bans, Bias, Filters, Penalties, SamplingBatch
+from server.engine.host import on_device
 from server.engine.request import Request
 
 RUN_ENTRIES = 1 << 16  # values of noise that are made at once for a request
@@ -15,7 +16,7 @@ def batch_options(requests: list[Request], vocab_size: int, device: torch.device
     params = [request.params for request in requests]
 
     def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
+        return on_device(values, device, dtype)
 
     filters = penalties = bias = None
     # A greedy choice needs no filter, and a greedy request's draft must not be narrowed by one.
@@ -39,9 +40,7 @@ def _penalties(requests: list[Request], vocab_size: int, device: torch.device) -
     for i, request in enumerate(requests):
         if request.output_counts is not None and request.prompt_tokens is not None:
             counts[i], prompts[i] = request.output_counts.to(device), request.prompt_tokens.to(device)
-    values = torch.tensor(
-        [(r.params.presence_penalty, r.params.frequency_penalty, r.params.repetition_penalty) for r in requests], device=device
-    )
+    values = on_device([(r.params.presence_penalty, r.params.frequency_penalty, r.params.repetition_penalty) for r in requests], device)
     return Penalties(values[:, 0], values[:, 1], values[:, 2], counts, prompts)
 
 
@@ -51,12 +50,12 @@ def _bans(requests: list[Request], device: torch.device) -> Bans | None:
     if max(until) <= 0:
         return None
     ids = _padded([sorted(request.forbidden_until_min_tokens) for request in requests], -1, device)
-    return Bans(ids, torch.tensor(until, device=device))
+    return Bans(ids, on_device(until, device))
 
 
 def _padded(rows: list[list], fill: float, device: torch.device) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows], device=device)
+    return on_device([row + [fill] * (width - len(row)) for row in rows], device)
 
 
 def batch_noise(requests: list[Request], depths: int, vocab_size: int, device: torch.device) -> Noise | None:
@@ -66,10 +65,10 @@ def batch_noise(requests: list[Request], depths: int, vocab_size: int, device: t
     sampled = [not request.params.greedy for request in requests]
     if not any(sampled):
         return None
-    seeds = torch.tensor([request.seed for request in requests], device=device)
-    positions = torch.tensor([len(request.token_ids) for request in requests], device=device)
+    seeds = on_device([request.seed for request in requests], device)
+    positions = on_device([len(request.token_ids) for request in requests], device)
     drawn = None if device.type == "cuda" else _drawn(requests, depths, vocab_size)
-    return Noise(NoiseKey(seeds, positions, torch.tensor(sampled, device=device)), depths, vocab_size, drawn)
+    return Noise(NoiseKey(seeds, positions, on_device(sampled, device)), depths, vocab_size, drawn)
 
 
 def _drawn(requests: list[Request], depths: int, vocab_size: int) -> Tensor:

@@ -17,6 +17,7 @@ from server.engine.config import EngineError
 from server.engine.drafter import TreeShape
 from server.engine.grammar import constrain
 from server.engine.graphs import Graphs
+from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Candidates
@@ -91,7 +92,7 @@ class Steps:
         return Rows(tokens, layout, self._last_rows(tokens, chunks))
 
     def _last_rows(self, tokens: Tensor, chunks: list[list[int]]) -> Tensor:
-        return torch.tensor([i * tokens.shape[1] + len(chunk) - 1 for i, chunk in enumerate(chunks)], device=self.device)
+        return on_device([i * tokens.shape[1] + len(chunk) - 1 for i, chunk in enumerate(chunks)], self.device)
 
     def _first_tokens(
         self, requests: list[Request], chunks: list[list[int]], rows: Rows, logits: Tensor
