@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kernels.jit import jit, tl, triton
 
+CHUNK = 64  # candidates that a program compares with as many at a time
+
 
 def best_nodes_reference(
     roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float
@@ -31,53 +33,58 @@ def worthwhile_nodes(ordered: Tensor, nodes: int, node_price: float) -> int:
 
 
 @jit
-def best_nodes_kernel(
-    roots: tl.tensor, scores: tl.tensor, tokens: tl.tensor, parents: tl.tensor, tokens_out: tl.tensor, parent_out: tl.tensor,
-    drafted: tl.tensor, count: tl.tensor, NODES: tl.constexpr, CHUNK: tl.constexpr,
+def rank_kernel(scores: tl.tensor, stays: tl.tensor, drafted: tl.tensor, count: tl.tensor, CHUNK: tl.constexpr) -> None:
+    """One program per (chunk of candidates, request): a candidate stays when fewer than ``count`` are ahead of it; stays int32 [B, M]."""
+    b = tl.program_id(1)
+    mine = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    score = tl.load(scores + b * drafted + mine, mask=mine < drafted, other=float("-inf"))
+    ahead = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, drafted, CHUNK):
+        other = start + tl.arange(0, CHUNK)
+        rival = tl.load(scores + b * drafted + other, mask=other < drafted, other=float("-inf"))[None, :]
+        wins = (rival > score[:, None]) | ((rival == score[:, None]) & (other[None, :] < mine[:, None]))
+        ahead += tl.sum(wins.to(tl.int32), 1)
+    kept = (score > float("-inf")) & (ahead < count)
+    tl.store(stays + b * drafted + mine, kept.to(tl.int32), mask=mine < drafted)
+
+
+@jit
+def compact_kernel(
+    roots: tl.tensor, stays: tl.tensor, tokens: tl.tensor, parents: tl.tensor, tokens_out: tl.tensor, parent_out: tl.tensor,
+    drafted: tl.tensor, count: tl.tensor, NODES: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program per request. A candidate stays when fewer than ``count`` are ahead of it; its node is the number that stay up to it."""
+    """One program per request: the node of a candidate that stays is the number of those that stay up to it."""
     b = tl.program_id(0)
+    candidate = tl.arange(0, BLOCK)
+    inside = candidate < drafted
+    kept = tl.load(stays + b * drafted + candidate, mask=inside, other=0)
+    place = tl.cumsum(kept)
+    up = tl.load(parents + b * drafted + candidate, mask=inside, other=0).to(tl.int32)
+    parent = tl.where(up == 0, 0, tl.gather(place, tl.maximum(up - 1, 0), 0))
+    token = tl.load(tokens + b * drafted + candidate, mask=inside, other=-1)
+    out = b * (count + 1)
+    tl.store(tokens_out + out + place, token, mask=kept != 0)
+    tl.store(parent_out + out + place, parent.to(tl.int64), mask=kept != 0)
     node = tl.arange(0, NODES)
-    token = tl.where(node == 0, tl.load(roots + b), -1)
-    own = tl.zeros([NODES], tl.int64)  # the node's place in the pool, from 1 on; 0: the root
-    above = tl.zeros([NODES], tl.int64)  # its parent's
-    before = tl.full([], 0, tl.int32)
-    for first in range(0, drafted, CHUNK):
-        mine = first + tl.arange(0, CHUNK)
-        inside = mine < drafted
-        score = tl.load(scores + b * drafted + mine, mask=inside, other=float("-inf"))
-        ahead = tl.zeros([CHUNK], tl.int32)
-        for start in range(0, drafted, CHUNK):
-            other = start + tl.arange(0, CHUNK)
-            rival = tl.load(scores + b * drafted + other, mask=other < drafted, other=float("-inf"))[None, :]
-            wins = (rival > score[:, None]) | ((rival == score[:, None]) & (other[None, :] < mine[:, None]))
-            ahead += tl.sum(wins.to(tl.int32), 1)
-        stays = inside & (score > float("-inf")) & (ahead < count)
-        place = before + tl.cumsum(stays.to(tl.int32))
-        before += tl.sum(stays.to(tl.int32))
-        here = stays[None, :] & (place[None, :] == node[:, None])
-        own += tl.sum(tl.where(here, mine[None, :] + 1, 0), 1)
-        drawn = tl.load(tokens + b * drafted + mine, mask=stays, other=-1)
-        token += tl.sum(tl.where(here, drawn[None, :] + 1, 0), 1)
-        up = tl.load(parents + b * drafted + mine, mask=stays, other=0)
-        above += tl.sum(tl.where(here, up[None, :], 0), 1)
-    matches = (own[None, :] == above[:, None]) & (own[None, :] > 0)
-    parent = tl.sum(tl.where(matches, node[None, :], 0), 1)
-    tl.store(tokens_out + b * (count + 1) + node, token, mask=node <= count)
-    tl.store(parent_out + b * (count + 1) + node, parent, mask=node <= count)
+    rest = (node <= count) & ((node == 0) | (node > tl.sum(kept)))
+    tl.store(tokens_out + out + node, tl.where(node == 0, tl.load(roots + b), -1), mask=rest)
+    tl.store(parent_out + out + node, tl.zeros([NODES], tl.int64), mask=rest)
 
 
 def best_nodes_triton(
     roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float
 ) -> tuple[Tensor, Tensor]:
-    """``best_nodes`` in one kernel, after a sort where nodes have a price."""
+    """``best_nodes`` in two kernels, after a sort where nodes have a price."""
     batch, drafted = scores.shape
     ordered = scores.sort(dim=1, descending=True).values if node_price > 0 else scores
     count = worthwhile_nodes(ordered, nodes, node_price)
+    stays = torch.empty(batch, drafted, dtype=torch.int32, device=scores.device)
     token, parent = (torch.empty(batch, count + 1, dtype=torch.long, device=scores.device) for _ in range(2))
-    best_nodes_kernel[(batch,)](
-        roots, scores, tokens, parents, token, parent, drafted, count, NODES=triton.next_power_of_2(count + 1), CHUNK=64, num_warps=8
-    )
+    rank_kernel[triton.cdiv(drafted, CHUNK), batch](scores.contiguous(), stays, drafted, count, CHUNK)
+    compact_kernel[(batch,)](
+        roots.contiguous(), stays, tokens.contiguous(), parents.contiguous(), token, parent, drafted, count,
+        triton.next_power_of_2(count + 1), triton.next_power_of_2(drafted), num_warps=8 if drafted > 1024 else 4,
+    )  # fmt: skip
     return token, parent
 
 

@@ -12,7 +12,7 @@ from kernels.jit import jit, tl, triton
 from kernels.noise import Noise, gumbel_at, gumbel_tile
 from kernels.sampling import OptionPointers, SamplingBatch, TreePointers, adjust, apply_options, load_options
 
-BLOCK, SEGMENT = 512, 128  # tokens of the vocabulary that a program scores, and of which it keeps one largest score
+BLOCK, SEGMENT = 512, 64  # tokens of the vocabulary that a program scores, and of which it keeps one largest score
 
 
 class DraftLevel(NamedTuple):
@@ -198,7 +198,7 @@ def draft_level_triton(
     )
     row_children_kernel[rows, batch](
         *inputs, scores.contiguous(), level.scores, level.tokens, vocab, segments, topk,
-        triton.next_power_of_2(segments), SEGMENT, triton.next_power_of_2(topk), num_warps=4, enable_fp_fusion=False,
+        triton.next_power_of_2(segments), SEGMENT, triton.next_power_of_2(topk), num_warps=1 if topk <= 8 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     best_children_kernel[(batch,)](
         level.scores, level.best_scores, level.best, rows * topk, topk, CHILDREN=triton.next_power_of_2(rows * topk)

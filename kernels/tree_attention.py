@@ -101,7 +101,7 @@ def tree_attention_triton(
         q = q.contiguous()
     tiles = choose_tiles(rows, heads // kv_heads, kv_heads, size, q.dtype, compute_capability(q.device))
     longest = layout.max_context if sliding_window is None else min(layout.max_context, sliding_window + tiles.columns)
-    splits = min(tiles.max_splits, triton.cdiv(longest + layout.first_column + rows, tiles.min_split))
+    splits = min(tiles.max_splits, max(1, (longest + layout.first_column + rows) // tiles.min_split))
     out = q.new_empty(batch, rows, heads, size)
     partial = out if splits == 1 else out.new_empty(splits, *out.shape)
     lse = None if splits == 1 else partial.new_empty(partial.shape[:-1], dtype=torch.float32)
@@ -115,7 +115,7 @@ def tree_attention_triton(
         LOG2_E * (scale if softcap is None else softcap), None if softcap is None else scale / softcap,
         rows, layout.first_column, layout.block_tables.stride(0), layout.depth.stride(0), q.stride(0), q.stride(1), q.stride(2),
         kv_heads, heads // kv_heads, size, max(16, triton.next_power_of_2(size)), layout.block_size, words, sliding_window,
-        *tiles[:4], num_warps=tiles.warps, num_stages=tiles.stages,
+        q.dtype != torch.float32 and k_cache.numel() < 2**31, *tiles[:4], num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if lse is not None:
         combine_kernel[triton.cdiv(rows * heads, COMBINED), batch](
@@ -132,7 +132,7 @@ def tree_attention_kernel(
     rows: tl.tensor, first_column: tl.tensor, table_stride: tl.tensor, depth_stride: tl.tensor,
     q_request: tl.tensor, q_row: tl.tensor, q_head: tl.tensor,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    WORDS: tl.constexpr, WINDOW: tl.constexpr,
+    WORDS: tl.constexpr, WINDOW: tl.constexpr, SMALL: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (tile of rows and KV head, split, request); a row is one head of the group at one new row.
@@ -175,7 +175,7 @@ def tree_attention_kernel(
     tail = begin + tl.maximum(tl.minimum(end, context) - begin, 0) // COLUMNS * COLUMNS
     for start in range(begin, tail, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
-        offset = row_offsets(table, columns, None, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
+        offset = row_offsets(table, columns, None, KV_HEADS * SIZE, BLOCK_SIZE, SMALL)[:, None] + size[None, :]
         loaded = None if SIZE == PADDED_SIZE else (size < SIZE)[None, :]
         fill = None if SIZE == PADDED_SIZE else 0.0
         visible = None if WINDOW is None else columns[None, :] >= oldest[:, None]
@@ -194,7 +194,7 @@ def tree_attention_kernel(
         if WINDOW is not None:
             node_depth = tl.load(depth + request * depth_stride + node, mask=(node >= 0) & (node < rows), other=0).to(tl.int32)
             visible &= tl.where(node < 0, columns, context + node_depth)[None, :] >= oldest[:, None]
-        offset = row_offsets(table, columns, written, KV_HEADS * SIZE, BLOCK_SIZE)[:, None] + size[None, :]
+        offset = row_offsets(table, columns, written, KV_HEADS * SIZE, BLOCK_SIZE, SMALL)[:, None] + size[None, :]
         loaded = written[:, None] & (size < SIZE)[None, :]
         keys, values = tl.load(k_cache + offset, mask=loaded, other=0.0), tl.load(v_cache + offset, mask=loaded, other=0.0)
         highest, total, sums = attend(queries, keys, values, visible, highest, total, sums, scale, inner_scale)
@@ -214,14 +214,20 @@ def split_columns(
     """The first column that a request's rows may see, one past the last, and the columns of one split, whole tiles."""
     begin = 0 if WINDOW is None else tl.maximum(context - WINDOW + 1, 0) // COLUMNS * COLUMNS
     end = context + new
-    length = tl.maximum(tl.cdiv(end - begin, MAX_SPLITS), MIN_SPLIT)
-    return begin, end, tl.cdiv(length, COLUMNS) * COLUMNS
+    splits = tl.minimum(tl.maximum((end - begin) // MIN_SPLIT, 1), MAX_SPLITS)
+    return begin, end, tl.cdiv(tl.cdiv(end - begin, splits), COLUMNS) * COLUMNS
 
 
 @jit
-def row_offsets(table: tl.tensor, columns: tl.tensor, written: tl.tensor, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> tl.tensor:
-    """Where the cache's rows of ``WIDTH`` elements begin, int64 [columns]; only ``written`` ones are looked up, None: all are."""
+def row_offsets(
+    table: tl.tensor, columns: tl.tensor, written: tl.tensor, WIDTH: tl.constexpr, BLOCK_SIZE: tl.constexpr, SMALL: tl.constexpr
+) -> tl.tensor:
+    """Where the cache's rows of ``WIDTH`` elements begin, [columns]: int32 where the cache is SMALL, else int64; only ``written`` ones
+    are looked up, None: all are.
+    """
     blocks = tl.load(table + columns // BLOCK_SIZE, mask=written, other=None if written is None else 0)
+    if SMALL:
+        blocks = blocks.to(tl.int32)
     return (blocks * BLOCK_SIZE + columns % BLOCK_SIZE) * WIDTH
 
 

@@ -1,20 +1,26 @@
 """python -m tools.gpu_check: everything that only a machine with an NVIDIA GPU can say, in less than nine minutes.
 
-Kernel tests on the GPU, token equality of the engine on it, compute-sanitizer where it is installed, and ``kernels.bench``. Needs torch,
-transformers, Triton and pytest. A stage that fails or runs out of time is recorded, and the others go on. Results go to
-benchmarks/results/gpu-NAME.json.
+Kernel tests on the GPU, token equality of the engine on it, compute-sanitizer where it is installed, ``kernels.bench``, and
+``tools.bench.gpu``. Needs torch, transformers, Triton and pytest; with pytest-xdist, tests compile kernels on several cores. A stage that
+fails or runs out of time is recorded, and the others go on. Results go to benchmarks/results/gpu-NAME.json.
 """
 
 import argparse
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -45,50 +51,69 @@ class Outcome:
     output: str = ""
 
 
-def stages(bench_file: Path) -> list[Stage]:
+def checks() -> list[Stage]:
+    """What may run side by side."""
+    workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
     found = [
-        Stage("kernels", [*PYTEST, "tests/kernels/gpu"], 150),
+        Stage("kernels", [*PYTEST, *workers, "tests/kernels/gpu"], 150),
         Stage("engine", [*PYTEST, "tests/engine/gpu"], 150),
-        Stage("bench", [sys.executable, "-m", "kernels.bench", "--json", bench_file], 120),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
         memcheck = [sanitizer, "--tool", "memcheck", "--error-exitcode", "1", "--target-processes", "all"]
-        found.append(Stage("memcheck", [*memcheck, *PYTEST, "tests/kernels/gpu", "-k", "small"], 90))
+        found.append(Stage("memcheck", [*memcheck, *PYTEST, "tests/kernels/gpu", "-k", "small and not fpbs"], 150))
     return found
 
 
-def run(stage: Stage) -> Outcome:
-    """Never raises for what the stage does."""
+def measurements(folder: Path) -> list[Stage]:
+    """What must run alone; each writes the file of its name."""
+    return [
+        Stage("bench", [sys.executable, "-m", "kernels.bench", "--json", folder / "bench"], 90),
+        Stage("speed", [sys.executable, "-m", "tools.bench.gpu", "--rounds", "2", "--max-tokens", "48", "--json", folder / "speed"], 180),
+    ]
+
+
+def run(stage: Stage, until: float) -> Outcome:
+    """Ended at ``until`` (of ``time.monotonic``), if not before. Never raises for what the stage does."""
     start = time.monotonic()
+    process = subprocess.Popen(
+        stage.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )  # fmt: skip
     try:
-        result = subprocess.run(stage.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=stage.seconds)
-        passed, output = result.returncode == 0, result.stdout
-    except subprocess.TimeoutExpired as expired:
-        partial = expired.stdout.decode(errors="replace") if isinstance(expired.stdout, bytes) else expired.stdout or ""
-        passed, output = False, f"{partial}\nstopped after {stage.seconds:.0f} s"
+        output, _ = process.communicate(timeout=max(0.0, min(stage.seconds, until - start)))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
+        output = process.communicate()[0] + f"\nstopped after {time.monotonic() - start:.0f} s"
+    passed = process.returncode == 0
     lines = output.strip().splitlines()
     return Outcome(stage.name, passed, time.monotonic() - start, lines[-1] if lines else "", "" if passed else output[-TAIL:])
 
 
+def told(outcome: Outcome) -> Outcome:
+    print(f"{outcome.name}: {'passed' if outcome.passed else 'FAILED'} in {outcome.seconds:.0f} s; {outcome.summary}")
+    print(outcome.output, end="", flush=True)
+    return outcome
+
+
 def main() -> int:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=530, help="for everything (default %(default)s)")
+    until = time.monotonic() + parser.parse_args().seconds
     if not torch.cuda.is_available():
         print("gpu-check needs an NVIDIA GPU, and torch finds none.", file=sys.stderr)
         return 1
     device = torch.cuda.get_device_name()
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"gpu-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    bench_file = file.with_suffix(".bench")
-    outcomes = []
-    for stage in stages(bench_file):
-        outcomes.append(run(stage))
-        print(f"{stage.name}: {'passed' if outcomes[-1].passed else 'FAILED'} in {outcomes[-1].seconds:.0f} s; {outcomes[-1].summary}")
-        print(outcomes[-1].output, end="", flush=True)
-    bench = json.loads(bench_file.read_text()) if bench_file.exists() else None
-    bench_file.unlink(missing_ok=True)
+    with TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
+        outcomes = [told(outcome) for outcome in threads.map(partial(run, until=until), checks())]
+        measured = {}
+        for stage in measurements(Path(folder)):
+            outcomes.append(told(run(stage, until)))
+            found = Path(folder, stage.name)
+            measured[stage.name] = json.loads(found.read_text()) if found.exists() else None
     versions = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
-    file.write_text(json.dumps(versions | {"stages": [asdict(outcome) for outcome in outcomes], "bench": bench}, indent=1) + "\n")
+    file.write_text(json.dumps(versions | {"stages": [asdict(outcome) for outcome in outcomes]} | measured, indent=1) + "\n")
     print(f"written to {file.relative_to(ROOT)}")
     return int(not all(outcome.passed for outcome in outcomes))
 

@@ -6,10 +6,9 @@ prompts. What a plain step of one stream takes is set beside the time in which t
 """
 
 import argparse
-import gc
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -136,12 +135,11 @@ class Systems:
         return PlainStep(1000 * typical, self.weights, copy, self.weights / typical / copy)
 
 
-def bench(args: argparse.Namespace) -> tuple[list[Row], PlainStep]:
+def bench(args: argparse.Namespace) -> Iterator[tuple[list[Row], PlainStep]]:
+    """What is known after every temperature and concurrency."""
     copy = copy_rate()
-    tokenizer = AutoTokenizer.from_pretrained(EngineConfig.model)
-    prompts = read_prompts(args.prompts, tokenizer, max(args.concurrency) * args.per_stream)
+    prompts = read_prompts(args.prompts, AutoTokenizer.from_pretrained(EngineConfig.model), max(args.concurrency) * args.per_stream)
     systems = Systems(args, max(map(len, prompts)))
-    gc.collect()
     step = systems.plain_step(prompts[0], copy)
     print(
         f"a plain step of one stream: {step.milliseconds:.2f} ms, {step.share:.0%} of {copy:.0f} GB/s over {step.weights:.2f} GB",
@@ -154,11 +152,11 @@ def bench(args: argparse.Namespace) -> tuple[list[Row], PlainStep]:
             turn = partial(systems.run, concurrency=concurrency, temperature=temperature, tokens=args.max_tokens)
             part = prompts[: max(concurrency * args.per_stream, args.fewest)]
             title = f"T={temperature:g} concurrency {concurrency}"
-            measured, failed = measure(names, turn, part, concurrency, args.rounds, title)
+            measured, failed = measure(names, turn, part, len(part), args.rounds, title)  # the first turn records graphs
             result += rows(measured, PLAIN, concurrency, temperature, ())  # in 16 bits texts may part at a tie
             result += [Row(name, concurrency, temperature, missing=why) for name, why in failed.items()]
             print(table(result[-len(names) :]), flush=True)
-    return result, step
+            yield result, step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -183,11 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tools.bench.gpu needs an NVIDIA GPU, and torch finds none.", file=sys.stderr)
         return 1
-    result, step = bench(args)
-    if args.json:
-        settings = {name: getattr(args, name) for name in ("like", "rounds", "max_tokens", "tree_nodes", "tree_depth", "tree_topk")}
-        found = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"} | settings
-        args.json.write_text(json.dumps(found | {"plain_step": asdict(step), "rows": [asdict(row) for row in result]}, indent=2) + "\n")
+    settings = {name: getattr(args, name) for name in ("like", "rounds", "max_tokens", "tree_nodes", "tree_depth", "tree_topk")}
+    known = {"device": torch.cuda.get_device_name(), "dtype": "bfloat16"} | settings
+    for result, step in bench(args):
+        if args.json:
+            args.json.write_text(json.dumps(known | {"plain_step": asdict(step), "rows": [asdict(row) for row in result]}, indent=1) + "\n")
     return 0
 
 
