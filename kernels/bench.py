@@ -186,7 +186,7 @@ def layer(rows: int = 32, hidden: int = 4096, neurons: int = 14336) -> Iterator[
     )  # fmt: skip
     qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE)
     caches = [torch.zeros(64, BLOCK_SIZE, KV_HEADS, HEAD_DIM, device=DEVICE, dtype=DTYPE) for _ in range(2)]
-    cos, sin = (torch.randn(rows, HEAD_DIM, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    cos, sin = (torch.randn(rows, 1, HEAD_DIM, device=DEVICE, dtype=DTYPE) for _ in range(2))
     slots, rotated = torch.randperm(64 * BLOCK_SIZE, device=DEVICE)[:rows], HEADS + KV_HEADS
 
     def rotate(run: Callable[..., Tensor]) -> Callable[[], object]:

@@ -10,32 +10,25 @@ from torch import Tensor
 
 from kernels.jit import jit, tl, triton
 
-MAX_SIZE = 16384  # entries of a row that one program holds
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., H], weight [H]. Has no gradient where gradients are off."""
-    if torch.is_grad_enabled():
-        return F.rms_norm(x, weight.shape, weight, eps)
-    return rms_norm_triton(x, None, weight, eps)[1] if _by_triton(x) else rms_norm_reference(x, weight, eps)
+    if x.is_cuda and x.is_contiguous() and not torch.is_grad_enabled():
+        return rms_norm_triton(x, None, weight, eps)[1]
+    return rms_norm_reference(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x + delta, and ``rms_norm`` of it; x, delta [..., H]. Without gradients."""
-    if _by_triton(x):
+    if x.is_cuda and x.is_contiguous():
         return rms_norm_triton(x, delta, weight, eps)
-    return add_rms_norm_reference(x, delta, weight, eps)
-
-
-def add_rms_norm_reference(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``add_rms_norm`` in plain PyTorch."""
     total = x + delta
     return total, rms_norm_reference(total, weight, eps)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``rms_norm`` in plain PyTorch. On a CPU torch's own is a chain of slower operations."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    """``rms_norm`` in plain PyTorch. On a CPU torch's own is a chain of slower operations; written in place, ours has no gradient."""
+    if x.is_cuda or x.dtype != torch.float32 or torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, weight, eps)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (x * torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
@@ -45,10 +38,6 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _constant(value: float) -> Tensor:
     """Operations on Python numbers make such a tensor every time."""
     return torch.tensor(value)
-
-
-def _by_triton(x: Tensor) -> bool:
-    return x.is_cuda and x.is_contiguous() and x.shape[-1] <= MAX_SIZE
 
 
 def rms_norm_triton(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,8 @@ def rope_store(
 ) -> Tensor:
     """Rotate q and k, store k and v as ``store_kv`` does, and return q [T, Hq, D].
 
-    qk [T, Hq + Hkv, D] and v [T, Hkv, D], whose heads lie one after the other; cos, sin [T, D]: rotation is x * cos +
-    (-x2, x1) * sin over the halves x1 and x2 of a head.
+    qk [T, Hq + Hkv, D] and v [T, Hkv, D], whose heads lie one after the other; cos, sin [T, 1, D]: rotation is x * cos
+    + (-x2, x1) * sin over the halves x1 and x2 of a head.
     """
     run = rope_store_triton if qk.is_cuda else rope_store_reference
     return run(qk, v, cos, sin, slots, live, k_cache, v_cache)
@@ -39,7 +39,7 @@ def rope_store_reference(
 ) -> Tensor:
     """``rope_store`` in plain PyTorch."""
     first, second = qk.chunk(2, dim=-1)
-    qk = torch.addcmul(qk * cos[:, None], torch.cat((-second, first), dim=-1), sin[:, None])
+    qk = torch.addcmul(qk * cos, torch.cat((-second, first), dim=-1), sin)
     heads = qk.shape[1] - v.shape[1]
     store_kv(k_cache, v_cache, slots, qk[:, heads:], v, live)
     return qk[:, :heads]

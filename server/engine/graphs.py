@@ -3,6 +3,7 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +39,10 @@ class Graphs:
         """
         leaves: list[Tensor] = []
         form = _mapped(tensors, lambda leaf: leaves.append(leaf) or ...)  # type: ignore[func-returns-value]
-        if len(leaves[0]) > LARGEST:
+        count = leaves[0].shape[0]
+        if count > LARGEST:
             return function(*tensors, **fixed)
-        sizes = tuple((_filled_up(len(leaf)), leaf.shape[1:], leaf.dtype) for leaf in leaves)
+        sizes = tuple((_filled_up(leaf.shape[0]), leaf.shape[1:], leaf.dtype) for leaf in leaves)
         key = (function, form, sizes, *fixed.items())
         if key not in self._kept:
             self._kept[key] = self._recorded(function, tensors, leaves, fixed)
@@ -52,11 +54,11 @@ class Graphs:
             return function(*tensors, **fixed)
         _fill(recording.arguments, leaves)
         recording.replay()
-        return _mapped(recording.results, lambda result: result[: len(leaves[0])])
+        return _mapped(recording.results, lambda result: result[:count])
 
     def _recorded(self, function: Callable[..., Any], tensors: tuple, leaves: list[Tensor], fixed: dict[str, Any]) -> _Recording | None:
         """None where it cannot be recorded, for want of memory say."""
-        held = [leaf.new_zeros(_filled_up(len(leaf)), *leaf.shape[1:]) for leaf in leaves]
+        held = [leaf.new_zeros(_filled_up(leaf.shape[0]), *leaf.shape[1:]) for leaf in leaves]
         _fill(held, leaves)
         arguments = iter(held)
         own = _mapped(tensors, lambda _: next(arguments))
@@ -94,6 +96,7 @@ def cuda_recorder(device: torch.device) -> Recorder:
     return record
 
 
+@cache
 def _filled_up(count: int) -> int:
     """1, 2, 4, ..., 32, then four sizes up to the double: a GPU takes as long for few as for somewhat more."""
     bits = (count - 1).bit_length()
@@ -103,9 +106,11 @@ def _filled_up(count: int) -> int:
 
 def _fill(held: list[Tensor], leaves: list[Tensor]) -> None:
     for mine, leaf in zip(held, leaves, strict=True):
-        mine[: len(leaf)].copy_(leaf)
-        if len(leaf) < len(mine):
-            mine[len(leaf) :].zero_()
+        if mine.shape == leaf.shape:
+            mine.copy_(leaf)
+        else:
+            mine[: leaf.shape[0]] = leaf
+            mine[leaf.shape[0] :] = 0
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:

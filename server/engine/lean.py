@@ -23,8 +23,9 @@ class LeanDecoder(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         body: Any = model.model
-        self.embed_tokens, self.rotary_emb, self.norm = body.embed_tokens, body.rotary_emb, body.norm
+        self.embed_tokens, self.rotary_emb = body.embed_tokens, body.rotary_emb
         self.layers = nn.ModuleList(LeanLayer(layer) for layer in body.layers)
+        self._norms = (*(layer.input_layernorm for layer in body.layers), body.norm)  # each reads what the layer before it returns
         self.lm_head = model.get_output_embeddings()
 
     def forward(
@@ -32,18 +33,17 @@ class LeanDecoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """tokens, positions int64 [T] -> logits [T or K, V] of the rows ``keep`` int64 [K], and what the layers ``taps`` read, [T, H]."""
         hidden = F.embedding(tokens, self.embed_tokens.weight)
-        cos, sin = (part[0] for part in self.rotary_emb(hidden, positions[None]))
-        normed = _norm(hidden, self.layers[0].input_norm)
+        cos, sin = (part[0, :, None] for part in self.rotary_emb(hidden, positions[None]))
+        delta: Any = None
         read = {}
-        for i, layer in enumerate(self.layers):
+        for i, (layer, norm) in enumerate(zip(self.layers, self._norms, strict=False)):
+            hidden, normed = (hidden, _norm(hidden, norm)) if delta is None else _add_norm(hidden, delta, norm)
             if i in taps:
                 read[i] = hidden
             hidden, delta = layer(hidden, normed, cos, sin, context)
-            if i + 1 < len(self.layers):
-                hidden, normed = _add_norm(hidden, delta, self.layers[i + 1].input_norm)
         if keep is not None:
             hidden, delta = hidden[keep], delta[keep]
-        return self.lm_head(_add_norm(hidden, delta, self.norm)[1]), [read[i] for i in taps]
+        return self.lm_head(_add_norm(hidden, delta, self._norms[-1])[1]), [read[i] for i in taps]
 
 
 class LeanLayer(nn.Module):
@@ -56,7 +56,7 @@ class LeanLayer(nn.Module):
         self.gate_up = _fused(mlp.gate_proj, mlp.up_proj)
         self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
         self.activation = None if config.hidden_act == "silu" else mlp.act_fn
-        self.input_norm, self.mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self.mlp_norm = layer.post_attention_layernorm
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.index: int = attention.layer_idx
         self.head_dim: int = attention.head_dim
@@ -67,7 +67,7 @@ class LeanLayer(nn.Module):
         self.window: int | None = getattr(attention, "sliding_window", config.sliding_window if config.model_type == "mistral" else None)
 
     def forward(self, hidden: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """hidden [T, H], and as the input norm makes it; cos, sin [T, D] -> two [T, H], whose sum is the layer's output."""
+        """hidden [T, H], and as the input norm makes it; cos, sin [T, 1, D] -> two [T, H], whose sum is the layer's output."""
         qkv = self.qkv(normed).view(len(hidden), -1, self.head_dim)
         qk, v = qkv[:, : self.heads + self.kv_heads], qkv[:, self.heads + self.kv_heads :]
         if self.q_norm is not None:

@@ -35,7 +35,7 @@ def check_rope_store(rows: int, heads: tuple[int, int], size: int, dtype: torch.
     generator = torch.Generator().manual_seed(rows + size)
     blocks, block_size = 1 + rows, 4
     qkv = torch.randn(rows, heads[0] + 2 * heads[1], size, generator=generator).to(device, dtype)
-    angles = torch.randn(rows, size // 2, generator=generator).repeat(1, 2).to(device)
+    angles = torch.randn(rows, 1, size // 2, generator=generator).repeat(1, 1, 2).to(device)
     slots = (torch.randperm(rows * block_size, generator=generator)[:rows] + block_size).to(device)
     live = None
     if padded:

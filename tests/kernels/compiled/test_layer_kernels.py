@@ -38,7 +38,7 @@ def test_rope_store(live: bool, capability: int, tmp_path: Path) -> None:
     slots = empty(8, dtype=torch.long)
     (ptx,) = check_launches(
         rope_store,
-        lambda: rope_store.rope_store_triton(qkv[:, :40], qkv[:, 40:], empty(8, 128), empty(8, 128), slots, rows, *caches),
+        lambda: rope_store.rope_store_triton(qkv[:, :40], qkv[:, 40:], empty(8, 1, 128), empty(8, 1, 128), slots, rows, *caches),
         capability,
         tmp_path,
     )
