@@ -66,6 +66,12 @@ def tree_verify_reference(
 
 
 @jit
+def _largest(a: tl.tensor, b: tl.tensor) -> tl.tensor:
+    """NaN where either is."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@jit
 def tile_best_kernel(
     logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, sampling: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
     best: tl.tensor, best_id: tl.tensor, vocab: tl.tensor, per_program: tl.tensor, BLOCK: tl.constexpr,
@@ -99,14 +105,9 @@ def tile_best_kernel(
                 gumbel = gumbel_tile(tl.load(noise.seeds + b), tl.load(noise.positions + b) + depth, tile * BLOCK, BLOCK)
                 drawn_depth = depth
             scores += gumbel
-        invalid = scores != scores
-        scores = tl.where(invalid, float("inf"), scores)
-        top = tl.max(scores)
-        token = tl.min(tl.where(scores == top, ids, vocab))
-        if top == float("inf"):
-            top = tl.where(tl.max(invalid.to(tl.int32)) > 0, float("nan"), top)
+        top = tl.reduce(scores, 0, _largest)
         tl.store(best + out + node, top)
-        tl.store(best_id + out + node, token)
+        tl.store(best_id + out + node, tl.minimum(tl.min(tl.where(scores == top, ids, vocab)), vocab - 1))  # none equals NaN
 
 
 @jit

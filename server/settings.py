@@ -89,6 +89,7 @@ class Settings(BaseSettings):
     cost_cache: Path | None = Field(
         None, description="directory that keeps the measured costs of steps for the next start of the same model on the same machine"
     )
+    cuda_graphs: CliImplicitFlag[bool] = Field(DEFAULTS.cuda_graphs, description="on a GPU, record what steps launch and replay it")
     block_size: int = Field(DEFAULTS.block_size, ge=1, le=1024, description="tokens in a block of the KV cache")
     kv_cache_memory: ByteSize | None = Field(
         None, gt=0, description="bytes for the KV cache (units such as 2GiB allowed); chosen by default"
@@ -220,6 +221,7 @@ class Settings(BaseSettings):
             tree_topk=self.tree_topk,
             draft_temperature=None if self.draft_temperature == "auto" else self.draft_temperature,
             cost_cache=self.cost_cache,
+            cuda_graphs=self.cuda_graphs,
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,
             prefix_caching=self.prefix_caching,

@@ -98,6 +98,25 @@ def check_tree_verify(seed: int, batch: int, nodes: int, vocab: int, dtype: torc
         assert torch.equal(mine[clear], other[clear])
 
 
+def check_ties_infinities_and_nan(dtype: torch.dtype, device: str) -> None:
+    """The first of equal scores wins, in whatever tile; a row of -inf gives token 0; NaN is reported and disturbs no one."""
+    logits = torch.zeros(5, 1, 3000, dtype=dtype, device=device)
+    logits[0, 0, [1500, 2500]] = 1
+    logits[1] = float("-inf")
+    logits[2, 0, 2000] = float("nan")
+    logits[3, 0, 2047] = float("inf")
+    root = torch.zeros(5, 1, dtype=torch.long, device=device)
+    options = SamplingBatch(torch.ones(5, device=device), None, None, None, None)
+    ours = tree_verify_triton(logits, options, None, root, root, root, root + 1, 0)
+    expected = tree_verify_reference(logits, options, None, root, root, root, root + 1, 0)
+    assert ours[3].tolist() == expected[3].tolist() == [True, True, False, True, True]
+    healthy = ours[3]
+    assert ours[2][healthy].flatten().tolist() == [1500, 0, 2047, 0]
+    assert 0 <= ours[2][2].item() < 3000
+    for mine, other in zip(ours, expected, strict=True):
+        assert torch.equal(mine[healthy], other[healthy])
+
+
 def close_calls(logits: Tensor, options: SamplingBatch, noise: Noise | None, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
     """Requests, bool [B], in which two scores of a node differ by rounding, or a filter's edge decides."""
     scores = apply_options(logits, options, tokens, depth, ancestors)

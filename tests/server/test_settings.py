@@ -73,11 +73,11 @@ def test_a_switch_is_a_flag_and_a_value_elsewhere(argv: list[str], value: bool, 
 def test_every_option_reaches_the_engine() -> None:
     argv = "m --draft d --device cpu --dtype bfloat16 --max-model-len 99 --max-num-seqs 3 --tree-nodes 8 --tree-depth 3 --tree-topk 2"
     argv += " --draft-temperature 0.5 --block-size 32 --kv-cache-memory 1MiB --no-prefix-caching --seed -1 --threads 3"
-    argv += " --no-ngrams --cost-cache c"
+    argv += " --no-ngrams --cost-cache c --no-cuda-graphs"
     assert load_settings(argv.split()).engine_config() == EngineConfig(
         "m", "d", "cpu", "bfloat16", threads=3, max_model_len=99, max_num_seqs=3, tree_nodes=8, tree_depth=3, tree_topk=2,
         draft_temperature=0.5, ngrams=False, block_size=32, kv_cache_memory=2**20,
-        prefix_caching=False, cost_cache=Path("c"), seed=-1,
+        prefix_caching=False, cost_cache=Path("c"), cuda_graphs=False, seed=-1,
     )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.check_draft_level import check_best_nodes, check_draft_level
-from tests.kernels.check_tree_verify import check_filter_cuts, check_noise, check_tree_verify
+from tests.kernels.check_tree_verify import check_filter_cuts, check_noise, check_ties_infinities_and_nan, check_tree_verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -48,3 +48,8 @@ def test_draft_level(vocab: int, topk: int, reduced: bool, parts: str) -> None:
 @pytest.mark.parametrize(("topk", "levels"), [(4, 3), (8, 8), (64, 2)], ids=["small", "deep", "wide"])
 def test_best_nodes(topk: int, levels: int, nodes: int, node_price: float) -> None:
     check_best_nodes(nodes + topk, 4, topk, levels, nodes, node_price, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_small_ties_infinities_and_nan(dtype: torch.dtype) -> None:
+    check_ties_infinities_and_nan(dtype, "cuda")

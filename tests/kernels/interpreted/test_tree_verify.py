@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.sampling import SamplingBatch
-from kernels.tree_verify import tree_verify_reference, tree_verify_triton
-from tests.kernels.check_tree_verify import check_filter_cuts, check_noise, check_tree_verify
+from kernels.tree_verify import tree_verify_triton
+from tests.kernels.check_tree_verify import check_filter_cuts, check_noise, check_ties_infinities_and_nan, check_tree_verify
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 
@@ -35,20 +35,9 @@ def test_filter_cuts(seed: int, vocab: int, dtype: torch.dtype) -> None:
     check_filter_cuts(seed, vocab, dtype, "cpu")
 
 
-def test_ties_infinities_and_nan() -> None:
-    """The first of equal scores wins, in whatever tile; a row of -inf gives token 0; NaN is reported and disturbs no one."""
-    logits = torch.zeros(5, 1, 3000)
-    logits[0, 0, [1500, 2500]] = 1
-    logits[1] = float("-inf")
-    logits[2, 0, 2000] = float("nan")
-    logits[3, 0, 2047] = float("inf")
-    root = torch.zeros(5, 1, dtype=torch.long)
-    options = SamplingBatch(torch.ones(5), None, None, None, None)
-    ours = tree_verify_triton(logits, options, None, root, root, root, root + 1, 0)
-    expected = tree_verify_reference(logits, options, None, root, root, root, root + 1, 0)
-    assert ours[2].flatten().tolist() == [1500, 0, 2000, 2047, 0]
-    for mine, other in zip(ours, expected, strict=True):
-        assert torch.equal(mine, other)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_ties_infinities_and_nan(dtype: torch.dtype) -> None:
+    check_ties_infinities_and_nan(dtype, "cpu")
 
 
 def test_sixty_four_nodes_in_a_chain() -> None:
