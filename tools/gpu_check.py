@@ -28,12 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # No conftest: what it imports beyond pytest need not be on such a machine.
 PYTEST = (sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider")
+SECONDS = 530.0
 TAIL = 4000  # characters of a failed stage's output that are kept
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and the seconds that it may take."""
+    """A command and the seconds that it may take where there are SECONDS for everything, else in proportion."""
 
     name: str
     command: Sequence[str | Path]
@@ -53,10 +54,10 @@ class Outcome:
 
 def checks() -> list[Stage]:
     """What may run side by side."""
-    workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
+    cores, several = os.cpu_count() or 1, find_spec("xdist") is not None
     found = [
-        Stage("kernels", [*PYTEST, *workers, "tests/kernels/gpu"], 150),
-        Stage("engine", [*PYTEST, "tests/engine/gpu"], 150),
+        Stage("kernels", [*PYTEST, *(("-n", str(min(8, cores))) if several else ()), "tests/kernels/gpu"], 150),
+        Stage("engine", [*PYTEST, *(("-n", str(min(3, cores))) if several else ()), "tests/engine/gpu"], 150),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:
@@ -69,18 +70,18 @@ def measurements(folder: Path) -> list[Stage]:
     """What must run alone; each writes the file of its name."""
     return [
         Stage("bench", [sys.executable, "-m", "kernels.bench", "--json", folder / "bench"], 90),
-        Stage("speed", [sys.executable, "-m", "tools.bench.gpu", "--rounds", "2", "--max-tokens", "48", "--json", folder / "speed"], 180),
+        Stage("speed", [sys.executable, "-m", "tools.bench.gpu", "--rounds", "2", "--max-tokens", "48", "--json", folder / "speed"], 300),
     ]
 
 
-def run(stage: Stage, until: float) -> Outcome:
-    """Ended at ``until`` (of ``time.monotonic``), if not before. Never raises for what the stage does."""
+def run(stage: Stage, seconds: float, until: float) -> Outcome:
+    """Ended at ``until`` (of ``time.monotonic``), ``seconds`` after the first stage began, if not before. Never raises for what it does."""
     start = time.monotonic()
     process = subprocess.Popen(
         stage.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )  # fmt: skip
     try:
-        output, _ = process.communicate(timeout=max(0.0, min(stage.seconds, until - start)))
+        output, _ = process.communicate(timeout=max(0.0, min(stage.seconds * seconds / SECONDS, until - start)))
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
         output = process.communicate()[0] + f"\nstopped after {time.monotonic() - start:.0f} s"
@@ -97,8 +98,9 @@ def told(outcome: Outcome) -> Outcome:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=530, help="for everything (default %(default)s)")
-    until = time.monotonic() + parser.parse_args().seconds
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default %(default)s)")
+    seconds = parser.parse_args().seconds
+    timed = partial(run, seconds=seconds, until=time.monotonic() + seconds)
     if not torch.cuda.is_available():
         print("gpu-check needs an NVIDIA GPU, and torch finds none.", file=sys.stderr)
         return 1
@@ -106,10 +108,10 @@ def main() -> int:
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"gpu-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     with TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
-        outcomes = [told(outcome) for outcome in threads.map(partial(run, until=until), checks())]
+        outcomes = [told(outcome) for outcome in threads.map(timed, checks())]
         measured = {}
         for stage in measurements(Path(folder)):
-            outcomes.append(told(run(stage, until)))
+            outcomes.append(told(timed(stage)))
             found = Path(folder, stage.name)
             measured[stage.name] = json.loads(found.read_text()) if found.exists() else None
     versions = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}

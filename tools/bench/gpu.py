@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--concurrency", type=counts, default=[1, 32, 128], metavar="N,N", help="default 1,32,128")
     parser.add_argument("--temperature", type=temperatures, default=[0.0, 1.0], metavar="T,T", help="default 0,1")
     parser.add_argument("--per-stream", type=positive, default=1, metavar="N", help="prompts for every stream (default %(default)s)")
-    parser.add_argument("--fewest", type=positive, default=4, metavar="N", help="prompts at least (default %(default)s)")
+    parser.add_argument("--fewest", type=positive, default=3, metavar="N", help="prompts at least (default %(default)s)")
     parser.add_argument("--max-tokens", type=positive, default=96, metavar="N", help="generated per prompt (default %(default)s)")
     parser.add_argument("--rounds", type=positive, default=3, metavar="N", help="measured rounds (default %(default)s)")
     parser.add_argument("--tree-nodes", type=positive, default=32, metavar="N", help="default %(default)s")
