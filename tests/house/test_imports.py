@@ -10,7 +10,7 @@ MODULES = (
     "tests.kernels.check_tree_verify", "tests.kernels.check_draft_level", "tests.kernels.check_layer_kernels", "tools.gpu_check",
     "tools.bench.gpu", "tools.train_vsd.train",
 )  # fmt: skip
-MISSING = ("fastapi", "starlette", "uvicorn", "h11", "pydantic", "pydantic_settings", "prometheus_client", "llguidance", "httpx", "openai")
+MISSING = ("fastapi", "starlette", "uvicorn", "pydantic", "pydantic_settings", "prometheus_client", "llguidance", "openai")
 
 
 def test_engine_kernels_and_trainer_import_without_the_rest() -> None:
