@@ -70,7 +70,7 @@ def measurements(folder: Path) -> list[Stage]:
     """What must run alone; each writes the file of its name."""
     return [
         Stage("bench", [sys.executable, "-m", "kernels.bench", "--json", folder / "bench"], 90),
-        Stage("speed", [sys.executable, "-m", "tools.bench.gpu", "--rounds", "2", "--max-tokens", "48", "--json", folder / "speed"], 300),
+        Stage("speed", [sys.executable, "-m", "tools.bench.gpu", "--rounds", "2", "--max-tokens", "64", "--json", folder / "speed"], 300),
     ]
 
 

@@ -7,7 +7,8 @@ from server.engine.prefix_cache import PrefixCache
 from server.engine.request import Request
 from server.engine.types import StepStats
 
-PREFILL_ROWS = 512  # prompt tokens of one forward pass, padding included
+PREFILL_ROWS = 512  # prompt tokens of one forward pass on a CPU, padding included,
+GPU_PREFILL_ROWS = 2048  # and on a GPU, which takes as long to launch the pass as to compute some hundred rows
 
 
 class Scheduler:
@@ -52,13 +53,14 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def next_prefill(self) -> tuple[list[Request], int]:
-        """Requests whose next prompt chunk is computed now, and the chunk's width: at most PREFILL_ROWS rows, padding included."""
+        """Requests whose next prompt chunk is computed now, and the chunk's width: padding of the rows included."""
+        most = GPU_PREFILL_ROWS if self.pool.tables.is_cuda else PREFILL_ROWS
         batch: list[Request] = []
         width = 0
         for request in self.running:
             if request.prefilling:
-                wanted = max(width, min(request.prefill_len - request.context_len, PREFILL_ROWS))
-                if wanted * (len(batch) + 1) > PREFILL_ROWS:
+                wanted = max(width, min(request.prefill_len - request.context_len, most))
+                if wanted * (len(batch) + 1) > most:
                     break
                 batch.append(request)
                 width = wanted
