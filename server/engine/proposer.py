@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import suppress
 from itertools import accumulate
 
 import torch
@@ -79,6 +80,14 @@ class Proposer:
             request.draft_len += n
             request.pending.clear()
 
+    def begin(self, requests: list[Request]) -> None:
+        """Let the device start on what ``propose`` needs first, while the host has work of its own. What fails, fails there again."""
+        with suppress(Exception):
+            self._sync_drafting(requests)
+
+    def _sync_drafting(self, requests: list[Request]) -> None:
+        self.sync_draft([request for request in requests if request.max_draft_nodes > 0])
+
     def sync_seconds(self, requests: list[Request], rows: int) -> float:
         """How long it takes when each request is so many rows behind; nothing true is left of them in its draft cache."""
         if self.drafter is None:
@@ -134,7 +143,7 @@ class Proposer:
         try:
             if self.drafter is None:
                 return text_tree(roots, shape, guesses)
-            self.sync_draft([request for request in requests if request.max_draft_nodes > 0])
+            self._sync_drafting(requests)
             lengths, max_context = context_lens(requests, self.device)
             rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
             tables = self.pool.tables[rows]

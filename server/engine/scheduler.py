@@ -53,7 +53,7 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def next_prefill(self) -> tuple[list[Request], int]:
-        """Requests whose next prompt chunk is computed now, and the chunk's width: padding of the rows included."""
+        """Requests whose next prompt chunk is computed now, and the chunk's width: at most so many rows, padding included."""
         most = GPU_PREFILL_ROWS if self.pool.tables.is_cuda else PREFILL_ROWS
         batch: list[Request] = []
         width = 0

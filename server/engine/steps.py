@@ -158,6 +158,8 @@ class Steps:
 
     def _draft(self, requests: list[Request], plan: Plan) -> list[Verification]:
         """Trees for the requests; of one node each when there is nothing worth drafting. On a CPU, trees of like sizes go together."""
+        if plan.shape.nodes > 1:
+            self.proposer.begin(requests)
         shape = _allowed(requests, plan.shape)
         guesses = self.proposer.look_up(requests, shape)
         reach = max(shape.depth, guesses.depth if guesses else 0)
