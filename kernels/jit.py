@@ -15,9 +15,9 @@ except ModuleNotFoundError:  # torch's CPU builds come without it
 __all__ = ["compute_capability", "jit", "tl", "triton"]
 
 
-def jit(function: Callable[..., Any]) -> Any:
+def jit(function: Callable[..., Any], **options: Any) -> Any:
     """``triton.jit``; without Triton the function itself, which then must not be launched."""
-    return function if triton is None else triton.jit(function)
+    return function if triton is None else triton.jit(function, **options)
 
 
 @cache

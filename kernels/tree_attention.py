@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -103,37 +104,41 @@ def tree_attention_triton(
     longest = layout.max_context if sliding_window is None else min(layout.max_context, sliding_window + tiles.columns)
     splits = min(tiles.max_splits, max(1, (longest + layout.first_column + rows) // tiles.min_split))
     out = q.new_empty(batch, rows, heads, size)
-    partial = out if splits == 1 else out.new_empty(splits, *out.shape)
-    lse = None if splits == 1 else partial.new_empty(partial.shape[:-1], dtype=torch.float32)
+    parts = out if splits == 1 else out.new_empty(splits, *out.shape)
+    lse = None if splits == 1 else parts.new_empty(parts.shape[:-1], dtype=torch.float32)
     ancestors, live = (None if part is None else part.contiguous() for part in (layout.ancestors, layout.live))
     if ancestors is not None:
         ancestors = ancestors.view(torch.int32)  # comparing single bits of two halves takes fewer registers
     words = 0 if ancestors is None else ancestors[0].numel() // rows
     row_tiles = triton.cdiv(rows * (heads // kv_heads), tiles.rows)
     tree_attention_kernel[row_tiles * kv_heads, splits, batch](
-        q, k_cache, v_cache, layout.block_tables, layout.context_lens, layout.depth, ancestors, live, sinks, partial, lse,
+        q, k_cache, v_cache, layout.block_tables, layout.context_lens, layout.depth, ancestors, live, sinks, parts, lse,
         LOG2_E * (scale if softcap is None else softcap), None if softcap is None else scale / softcap,
-        rows, layout.first_column, layout.block_tables.stride(0), layout.depth.stride(0), q.stride(0), q.stride(1), q.stride(2),
+        rows, layout.first_column, layout.block_tables.stride(0), layout.depth.stride(0), *q.stride()[:3], *tiles[2:4],
         kv_heads, heads // kv_heads, size, max(16, triton.next_power_of_2(size)), layout.block_size, words, sliding_window,
-        q.dtype != torch.float32 and k_cache.numel() < 2**31, *tiles[:4], num_warps=tiles.warps, num_stages=tiles.stages,
+        q.dtype != torch.float32 and k_cache.numel() < 2**31, *tiles[:2], num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if lse is not None:
         combine_kernel[triton.cdiv(rows * heads, COMBINED), batch](
-            partial, lse, layout.context_lens, out, layout.first_column + rows, rows * heads,
-            size, max(16, triton.next_power_of_2(size)), sliding_window, COMBINED, *tiles[1:4], num_warps=1,
+            parts, lse, layout.context_lens, out, layout.first_column + rows, rows * heads, *tiles[2:4],
+            size, max(16, triton.next_power_of_2(size)), sliding_window, COMBINED, tiles.columns, num_warps=1,
         )  # fmt: skip
     return out
 
 
-@jit
+# Chunks of different widths have different splits: they must not be compiled anew for each.
+jit_for_splits = partial(jit, do_not_specialize=["min_split", "max_splits"])
+
+
+@jit_for_splits
 def tree_attention_kernel(
     q: tl.tensor, k_cache: tl.tensor, v_cache: tl.tensor, block_tables: tl.tensor, context_lens: tl.tensor, depth: tl.tensor,
     ancestors: tl.tensor, live: tl.tensor, sinks: tl.tensor, out: tl.tensor, lse: tl.tensor, scale: tl.tensor, inner_scale: tl.tensor,
     rows: tl.tensor, first_column: tl.tensor, table_stride: tl.tensor, depth_stride: tl.tensor,
-    q_request: tl.tensor, q_row: tl.tensor, q_head: tl.tensor,
+    q_request: tl.tensor, q_row: tl.tensor, q_head: tl.tensor, min_split: tl.tensor, max_splits: tl.tensor,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WORDS: tl.constexpr, WINDOW: tl.constexpr, SMALL: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (tile of rows and KV head, split, request); a row is one head of the group at one new row.
 
@@ -142,7 +147,7 @@ def tree_attention_kernel(
     tile, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     split, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
     context = tl.load(context_lens + request).to(tl.int32)
-    begin, end, length = split_columns(context, first_column + rows, COLUMNS, MIN_SPLIT, MAX_SPLITS, WINDOW)
+    begin, end, length = split_columns(context, first_column + rows, min_split, max_splits, COLUMNS, WINDOW)
     begin += split * length
     if begin >= end:
         return
@@ -209,12 +214,12 @@ def tree_attention_kernel(
 
 @jit
 def split_columns(
-    context: tl.tensor, new: tl.tensor, COLUMNS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr, WINDOW: tl.constexpr
+    context: tl.tensor, new: tl.tensor, min_split: tl.tensor, max_splits: tl.tensor, COLUMNS: tl.constexpr, WINDOW: tl.constexpr
 ) -> tl.tensor:
     """The first column that a request's rows may see, one past the last, and the columns of one split, whole tiles."""
     begin = 0 if WINDOW is None else tl.maximum(context - WINDOW + 1, 0) // COLUMNS * COLUMNS
     end = context + new
-    splits = tl.minimum(tl.maximum((end - begin) // MIN_SPLIT, 1), MAX_SPLITS)
+    splits = tl.minimum(tl.maximum((end - begin) // min_split, 1), max_splits)
     return begin, end, tl.cdiv(tl.cdiv(end - begin, splits), COLUMNS) * COLUMNS
 
 
@@ -264,16 +269,15 @@ def attend(
     return new_highest, total * faded + tl.sum(weights, 1), sums
 
 
-@jit
+@jit_for_splits
 def combine_kernel(
-    partial: tl.tensor, lse: tl.tensor, context_lens: tl.tensor, out: tl.tensor, new: tl.tensor, count: tl.tensor,
-    SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, MIN_SPLIT: tl.constexpr, MAX_SPLITS: tl.constexpr,
+    parts: tl.tensor, lse: tl.tensor, context_lens: tl.tensor, out: tl.tensor, new: tl.tensor, count: tl.tensor, min_split: tl.tensor,
+    max_splits: tl.tensor, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (tile of a request's ``count`` outputs, request): the splits' results, weighted by their share of the softmax."""
     request = tl.program_id(1).to(tl.int64)
     context = tl.load(context_lens + request).to(tl.int32)
-    begin, end, length = split_columns(context, new, COLUMNS, MIN_SPLIT, MAX_SPLITS, WINDOW)
+    begin, end, length = split_columns(context, new, min_split, max_splits, COLUMNS, WINDOW)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     size = tl.arange(0, PADDED_SIZE)
     mask = (row < count)[:, None] & (size < SIZE)[None, :]
@@ -283,7 +287,7 @@ def combine_kernel(
     for split in tl.range(0, tl.cdiv(end - begin, length), num_stages=4):
         place = (split * tl.num_programs(1) + request) * count + row
         part_lse = tl.load(lse + place, mask=row < count, other=float("-inf"))
-        part = tl.load(partial + place[:, None] * SIZE + size[None, :], mask=mask, other=0.0)
+        part = tl.load(parts + place[:, None] * SIZE + size[None, :], mask=mask, other=0.0)
         new_highest = tl.maximum(highest, part_lse)
         shift = tl.where(new_highest == float("-inf"), 0.0, new_highest)
         faded, weight = tl.exp2(highest - shift), tl.exp2(part_lse - shift)

@@ -54,20 +54,21 @@ def _check(kernel: JITFunction, arguments: tuple, options: dict[str, Any], capab
     constexprs: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
 
-    def specialised(value: Any, path: tuple[int, ...], is_constexpr: bool) -> Any:
+    def specialised(value: Any, path: tuple[int, ...], is_constexpr: bool, by_value: bool = True) -> Any:
         """Triton's name for the type of an argument; a tuple of names for a tuple. Fills the two tables above."""
         if isinstance(value, tuple):
             parts = (specialised(part, (*path, i), is_constexpr) for i, part in enumerate(value))
             return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-        if is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        if is_constexpr or value is None or (by_value and isinstance(value, int) and value == 1):
             constexprs[path] = value
             return "constexpr"
-        if _aligned(value):
+        if by_value and _aligned(value):
             attributes[path] = [["tt.divisibility", 16]]
         return _type(value)
 
     signature = {
-        parameter.name: specialised(values[parameter.name], (i,), parameter.is_constexpr) for i, parameter in enumerate(kernel.params)
+        parameter.name: specialised(values[parameter.name], (i,), parameter.is_constexpr, not parameter.do_not_specialize)
+        for i, parameter in enumerate(kernel.params)
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)

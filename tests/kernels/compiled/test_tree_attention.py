@@ -7,7 +7,7 @@ import torch
 
 from kernels import tree_attention
 from kernels.tree_layout import TreeLayout
-from tests.kernels.compile_only import SHARED_LIMIT, check_launches
+from tests.kernels.compile_only import SHARED_LIMIT, Launches, check_launches
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -43,3 +43,22 @@ def test_compiles(
     )
     assert "cp.async.cg" in ptx[0], "K and V are fetched ahead, 16 bytes at a time"
     assert ("wgmma" in ptx[0]) == (capability == 90 and rows * heads[0] >= 33 * heads[1] and dtype != FP32), "tiles of 64 rows or more"
+
+
+def test_chunks_of_any_width_share_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt of a new length must not wait for the compiler."""
+    attention, combine = (Launches(getattr(tree_attention, name)) for name in ("tree_attention_kernel", "combine_kernel"))
+    monkeypatch.setattr(tree_attention, "tree_attention_kernel", attention)
+    monkeypatch.setattr(tree_attention, "combine_kernel", combine)
+    for width in (200, 330, 500, 2000):
+        tables, lengths, depth = (torch.empty(shape, dtype=torch.long, device="meta") for shape in ((4, 2100), (4,), (4, width)))
+        layout = TreeLayout(tables, lengths, depth, None, None, 16, 32768)
+        q, cache = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((4, width, 32, 128), (9000, 16, 8, 128)))
+        tree_attention.tree_attention_triton(q, cache, cache, layout, 0.1)
+    for launches in (attention, combine):
+        params = launches.kernel.params
+        fixed = [[value for param, value in zip(params, arguments, strict=False) if param.is_constexpr] for arguments, _ in launches.calls]
+        assert len(fixed) > 1
+        assert all(values == fixed[0] for values in fixed)
+        splits = {param.name: param.do_not_specialize for param in params if param.name in ("min_split", "max_splits")}
+        assert splits == {"min_split": True, "max_splits": True}
