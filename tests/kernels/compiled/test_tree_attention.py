@@ -50,7 +50,7 @@ def test_chunks_of_any_width_share_their_kernels(monkeypatch: pytest.MonkeyPatch
     attention, combine = (Launches(getattr(tree_attention, name)) for name in ("tree_attention_kernel", "combine_kernel"))
     monkeypatch.setattr(tree_attention, "tree_attention_kernel", attention)
     monkeypatch.setattr(tree_attention, "combine_kernel", combine)
-    for width in (200, 330, 500, 2000):
+    for width in (140, 200, 330, 500, 2000):
         tables, lengths, depth = (torch.empty(shape, dtype=torch.long, device="meta") for shape in ((4, 2100), (4,), (4, width)))
         layout = TreeLayout(tables, lengths, depth, None, None, 16, 32768)
         q, cache = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((4, width, 32, 128), (9000, 16, 8, 128)))
