@@ -87,7 +87,9 @@ class Settings(BaseSettings):
         "auto", description="temperature at which nodes are ranked; auto takes the values calibrated for the head, or learns them"
     )
     cost_cache: Path | None = Field(
-        None, description="directory that keeps the measured costs of steps for the next start of the same model on the same machine"
+        None,
+        description="directory that keeps the measured costs of steps for the next start of the same model on the same machine; "
+        "not with CUDA graphs",
     )
     cuda_graphs: CliImplicitFlag[bool] = Field(DEFAULTS.cuda_graphs, description="on a GPU, record what steps launch and replay it")
     block_size: int = Field(DEFAULTS.block_size, ge=1, le=1024, description="tokens in a block of the KV cache")

@@ -90,6 +90,14 @@ def run(stage: Stage, seconds: float, until: float) -> Outcome:
     return Outcome(stage.name, passed, time.monotonic() - start, lines[-1] if lines else "", "" if passed else output[-TAIL:])
 
 
+def read(file: Path) -> object:
+    """What a stage has written; None where it had not come so far."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def told(outcome: Outcome) -> Outcome:
     print(f"{outcome.name}: {'passed' if outcome.passed else 'FAILED'} in {outcome.seconds:.0f} s; {outcome.summary}")
     print(outcome.output, end="", flush=True)
@@ -112,8 +120,7 @@ def main() -> int:
         measured = {}
         for stage in measurements(Path(folder)):
             outcomes.append(told(timed(stage)))
-            found = Path(folder, stage.name)
-            measured[stage.name] = json.loads(found.read_text()) if found.exists() else None
+            measured[stage.name] = read(Path(folder, stage.name))
     versions = {"device": device, "torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
     file.write_text(json.dumps(versions | {"stages": [asdict(outcome) for outcome in outcomes]} | measured, indent=1) + "\n")
     print(f"written to {file.relative_to(ROOT)}")

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +90,13 @@ def measure_trees(run: Callable[[int, TreeShape], float], shape: TreeShape, max_
         else:
             seconds[batch] = {nodes: min([run(batch, shape.shrunk(nodes)) for _ in range(1 + TREE_TURNS)][1:]) for nodes in sizes}
     return seconds
+
+
+def cost_of_trees(seconds: Mapping[int, float]) -> StepCost:
+    """The parts of what ``measure_trees`` timed at one batch size; trees whose drafting is part of it have no levels of their own."""
+    nodes = max(seconds)
+    node = (seconds[nodes] - seconds[2]) / (nodes - 2) if nodes > 2 else 0.0
+    return StepCost(seconds[1], seconds.get(2, 1e9) - 2 * node, 0.0, node)
 
 
 def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:

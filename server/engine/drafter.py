@@ -17,6 +17,8 @@ from server.engine.ngram import Candidates
 from server.engine.pool import Pool, best_tree, limited, merge
 from server.engine.types import Tree
 
+RECORDED_ROWS = 16  # of a request: more are those of a prompt, whose lengths are too many to record
+
 
 class TreeShape(NamedTuple):
     """How much to draft, at most: ``nodes`` verified (root included), ``depth`` levels, ``topk`` nodes expanded a level.
@@ -79,7 +81,7 @@ class Drafter:
         most ``max_context``; temperature float32 [B]: the requests', clamped to [0, 1].
         """
         arguments = rows + 1, features, tokens, positions, slots, last, block_tables, lengths, temperature
-        if self.graphs is None:
+        if self.graphs is None or len(tokens) > RECORDED_ROWS * len(rows):
             self._extend(*arguments, max_context)
         else:
             self.graphs.run(self._extend, *arguments, max_context=graph_context(max_context))
@@ -118,8 +120,9 @@ class Drafter:
                 self._static_levels, rows + 1, block_tables, context_lens, options, noise and noise.key, sigma, temperature, limits,
                 shape=shape, max_context=graph_context(max_context), vocab_size=noise.vocab_size if noise else 0,
             )  # fmt: skip
-        self.levels, self.guesses = len(levels), (levels[0].tokens[:, 0], levels[0].scores[:, 0])
-        pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))
+        self.levels = len(levels)
+        pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))  # a copy: graphs share their memory
+        self.guesses = pool.tokens[:, 0], pool.scores[:, 0]
         depth = len(levels)
         if ngrams is not None and ngrams.pool is not None:
             pool = merge(pool, ngrams.pool.to(roots.device), min(depth, ngrams.depth))

@@ -15,7 +15,7 @@ from kernels.tree_mask import MAX_NODES
 from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptance
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
-from server.engine.costs import kept_costs, machine, measure_costs, measure_trees
+from server.engine.costs import cost_of_trees, kept_costs, machine, measure_costs, measure_trees
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.fixed_trees import FixedTreeRule
 from server.engine.grammar import Grammars
@@ -254,11 +254,12 @@ class Engine:
         def sync(batch: int, rows: int) -> float:
             return self.proposer.sync_seconds(self.scheduler.decoding(), rows)
 
-        steps = f"{full}, prompts of {len(prompt)} and {params.max_tokens} tokens, batches up to {config.max_num_seqs}"
-        what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
         if self.steps.graphs:
             seconds = measure_trees(run, full, config.max_num_seqs)
+            costs = {batch: cost_of_trees(of) for batch, of in seconds.items()}
         else:
+            steps = f"{full}, prompts of {len(prompt)} and {params.max_tokens} tokens, batches up to {config.max_num_seqs}"
+            what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
             costs = kept_costs(config.cost_cache, what, lambda: measure_costs(run, sync, full, config.max_num_seqs))
         self.shape = full
         for request_id, request in list(self._requests.items()):
@@ -266,7 +267,7 @@ class Engine:
                 self.pool.forget(request.row)
             self.abort(request_id)
         known = (head.metadata.acceptance_length if head and head.metadata else {}) or default_acceptance(full.nodes)
-        if self.steps.graphs:
+        if self.steps.graphs and head:
             return FixedTreeRule(full, seconds, known)
         return (LoadRule if head else FreeDraftRule)(full, costs, known)
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from server.engine.budget import MAX_PROBE, PROBE, START_GAIN, STOP_GAIN, LoadRule, Plan
-from server.engine.costs import StepCost
+from server.engine.costs import cost_of_trees
 from server.engine.drafter import TreeShape
 from server.engine.request import Request
 
@@ -20,8 +20,7 @@ class FixedTreeRule(LoadRule):
     """
 
     def __init__(self, shape: TreeShape, seconds: Mapping[int, Mapping[int, float]], acceptance: Mapping[int, float]) -> None:
-        costs = {batch: StepCost(of[1], max(of.values()), 0.0, 0.0) for batch, of in seconds.items()}
-        super().__init__(shape, costs, acceptance)
+        super().__init__(shape, {batch: cost_of_trees(of) for batch, of in seconds.items()}, acceptance)
         self._steps = {batch: dict(of) for batch, of in seconds.items()}
 
     def choose(self, requests: list[Request]) -> Plan:
@@ -46,8 +45,9 @@ class FixedTreeRule(LoadRule):
         return Plan(shape, able if worthwhile else [], max(1.0, gain(nodes)) if self._drafting else 1.0, batch)
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
-        super().observe(plan, None)
+        if plan.drafts:
+            super().observe(plan, None)
         if seconds is None or not plan.batch:
             return
-        steps, nodes = self._steps[self._measured(plan.batch)], plan.shape.nodes if plan.drafting else 1
+        steps, nodes = self._steps[self._measured(plan.batch)], plan.shape.nodes if plan.drafts else 1
         steps[nodes] += (min(seconds, _OUTLIER * steps[nodes]) - steps[nodes]) * _NEWS

@@ -11,7 +11,6 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 MAX_GRAPHS = 256  # that are kept, the last used ones
-LARGEST = 4096  # entries of a batch, or rows; what has more is not launched one by one often enough to matter
 Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Records a function; returns what does it again, and the tensors that hold its results afterwards."""
 
@@ -23,7 +22,7 @@ class _Recording(NamedTuple):
 
 
 class Graphs:
-    """Runs functions of tensors by graphs. Used from one thread; results are overwritten by the next run of the same sizes.
+    """Runs functions of tensors by graphs. Used from one thread; results may be overwritten by the next run, of whatever function.
 
     The entries of a batch are filled up with zeros to one of a few sizes, so that a function must give each entry the same whatever
     stands beside it, and must not mind entries of zeros. ``record``: see ``Recorder``.
@@ -40,8 +39,6 @@ class Graphs:
         leaves: list[Tensor] = []
         form = _mapped(tensors, lambda leaf: leaves.append(leaf) or ...)  # type: ignore[func-returns-value]
         count = leaves[0].shape[0]
-        if count > LARGEST:
-            return function(*tensors, **fixed)
         sizes = tuple((_filled_up(leaf.shape[0]), leaf.shape[1:], leaf.dtype) for leaf in leaves)
         key = (function, form, sizes, *fixed.items())
         if key not in self._kept:
@@ -85,12 +82,18 @@ def cuda_recorder(device: torch.device) -> Recorder:
 
     def record(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            function()  # compiles kernels, and lets libraries allocate what they keep
-        torch.cuda.current_stream(device).wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                function()  # compiles kernels, and lets libraries allocate what they keep
+        finally:
+            torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            results = function()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                results = function()
+        except torch.AcceleratorError as error:
+            torch.cuda.synchronize(device)  # raises where it is more than something that cannot be recorded
+            raise RuntimeError("something that the function does cannot be recorded") from error
         return graph.replay, results
 
     return record

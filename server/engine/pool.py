@@ -79,6 +79,16 @@ def narrowed(tree: Tree, places: list[int]) -> Tree:
     return Tree(*(part[places, :width] for part in tree))
 
 
+def widened(tree: Tree) -> Tree:
+    """The trees with dead nodes up to a power of two, since graphs are recorded for every number of nodes."""
+    batch, nodes = tree.tokens.shape
+    more = torch.arange(nodes, 1 << (nodes - 1).bit_length(), device=tree.tokens.device).expand(batch, -1)
+    if more.shape[1] == 0:
+        return tree
+    zero, one = torch.zeros_like(more), torch.ones_like(more)
+    return Tree(*(torch.cat(pair, dim=1) for pair in zip(tree, (zero - 1, zero, one, one | one << more), strict=True)))
+
+
 def root_only(roots: Tensor) -> Tree:
     """The tree of plain decoding: the last committed token alone."""
     tokens = roots[:, None]

@@ -2,7 +2,6 @@
 
 import logging
 import time
-from contextlib import suppress
 from itertools import accumulate
 
 import torch
@@ -82,8 +81,12 @@ class Proposer:
 
     def begin(self, requests: list[Request]) -> None:
         """Let the device start on what ``propose`` needs first, while the host has work of its own. What fails, fails there again."""
-        with suppress(Exception):
+        try:
             self._sync_drafting(requests)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.debug("the draft cache was not brought up to date", exc_info=True)
 
     def _sync_drafting(self, requests: list[Request]) -> None:
         self.sync_draft([request for request in requests if request.max_draft_nodes > 0])
@@ -149,6 +152,8 @@ class Proposer:
             tables = self.pool.tables[rows]
             limits = self._limits(requests, shape)
             return self.drafter.grow(rows, roots, tables, lengths, max_context, shape, options, noise, sigma, temperature, limits, guesses)
+        except torch.AcceleratorError:  # unlike a shortage of memory, it comes back with every further call
+            raise
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
             self.failed += 1

@@ -54,7 +54,7 @@ def _bans(requests: list[Request], device: torch.device) -> Bans | None:
 
 
 def _padded(rows: list[list], fill: float, device: torch.device) -> Tensor:
-    width = max(map(len, rows))
+    width = 1 << (max(map(len, rows)) - 1).bit_length()  # few widths: graphs are recorded for each
     return on_device([row + [fill] * (width - len(row)) for row in rows], device)
 
 

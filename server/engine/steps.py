@@ -21,7 +21,7 @@ from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Candidates
-from server.engine.pool import by_width, narrowed, root_only
+from server.engine.pool import by_width, narrowed, root_only, widened
 from server.engine.proposer import Proposer, text_tree
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
@@ -160,7 +160,7 @@ class Steps:
         """Trees for the requests; of one node each when there is nothing worth drafting. On a CPU, trees of like sizes go together."""
         if plan.shape.nodes > 1:
             self.proposer.begin(requests)
-        shape = _allowed(requests, plan.shape)
+        shape = plan.shape if self.graphs else _allowed(requests, plan.shape)
         guesses = self.proposer.look_up(requests, shape)
         reach = max(shape.depth, guesses.depth if guesses else 0)
         options, noise = self._sampling(requests, reach)
@@ -194,7 +194,7 @@ class Steps:
         self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None,
         places: list[int] | None,
     ) -> Verification:  # fmt: skip
-        tree, options = constrain(requests, tree, options, self.target.vocab_size)
+        tree, options = constrain(requests, widened(tree) if self.graphs else tree, options, self.target.vocab_size)
         lengths, max_context = context_lens(requests, self.device)
         # Padding costs nothing on a GPU, where finding it would make the host wait.
         live = None if self.graphs is not None or self.device.type == "cuda" else tree.tokens >= 0

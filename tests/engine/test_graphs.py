@@ -1,6 +1,6 @@
 """Steps by graphs, on a CPU: a recorder that computes again what was recorded, into the same tensors, stands in for CUDA's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,34 +15,44 @@ from server.engine.fixed_trees import FixedTreeRule
 from server.engine.graphs import MAX_GRAPHS, Graphs
 from server.engine.lean import LeanDecoder
 from server.engine.types import Grammar, SamplingParams
-from tests.engine.engines import build, poisoned_model, random_head, run, tiny_model
+from tests.engine.engines import Run, build, poisoned_model, random_head, run, tiny_model
 
 MakeEngine = Callable[..., Engine]
 
 
-def recorder(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Arguments and results stay where they were when it was recorded, as those of a CUDA graph do."""
-    results = function()
-
-    def copy(held: Any, new: Any) -> None:
-        if isinstance(held, Tensor):
-            held.copy_(new)
-        elif isinstance(held, tuple):
-            for pair in zip(held, new, strict=True):
-                copy(*pair)
-
-    return lambda: copy(results, function()), results
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those in (nested) tuples."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from tensors(part)
 
 
 class Recorded:
-    """Counts what is recorded."""
+    """A recorder, which counts. What it records computes anew, into the tensors that the results were in; as CUDA graphs share their
+    memory, all results of other recordings are lost then.
+    """
 
     def __init__(self) -> None:
         self.count = 0
+        self._results: list[list[Tensor]] = []
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         self.count += 1
-        return recorder(function)
+        results = function()
+        own = list(tensors(results))
+        self._results.append(own)
+
+        def replay() -> None:
+            new = list(tensors(function()))
+            for others in self._results:
+                for tensor in others:
+                    tensor.fill_(float("-inf") if tensor.is_floating_point() else 3)
+            for held, value in zip(own, new, strict=True):
+                held.copy_(value)
+
+        return replay, results
 
 
 @pytest.fixture
@@ -63,7 +73,7 @@ def test_batches_are_filled_up_with_zeros() -> None:
     def other(x: Tensor, rest: tuple[Tensor | None, Tensor], scale: int) -> Tensor:
         return x - scale
 
-    graphs = Graphs(recorder)
+    graphs = Graphs(Recorded())
     for batch in (5, 8, 3, 7, 6):
         x, y = torch.arange(batch) + 1, torch.ones(batch, 4)
         doubled, (sums, nothing) = graphs.run(function, x, (None, y), scale=2)
@@ -105,9 +115,13 @@ def test_greedy_text_is_the_same(
 ) -> None:
     engine = demo_engine(tree_nodes=nodes, max_num_seqs=batch)
     part = slice(batch % 3, None, 9)
-    results = run(engine, [(prompt, SamplingParams(max_tokens=64, temperature=0)) for prompt in demo_prompts[part]])
+    running = Run(engine)
+    for i, prompt in enumerate(demo_prompts[part]):
+        running.add(str(i), prompt, SamplingParams(max_tokens=64, temperature=0))
+    results = list(running.finish().values())
     assert [result.token_ids for result in results] == demo_greedy[part]
     assert sum(result.speculation.num_accepted_tokens for result in results) > 0
+    assert sum(stats.failed_drafts for stats in running.stats) == 0, "guesses were read after another graph had run"
     assert 0 < recorded.count < 60
 
 
@@ -134,27 +148,43 @@ def test_every_option_gives_the_text_of_plain_decoding(
     assert [result.token_ids for result in results] == [result.token_ids for result in plain]
     assert [[entry.token_id for entry in result.logprobs] for result in results] == [[e.token_id for e in r.logprobs] for r in plain]
     assert sum(result.speculation.num_accepted_tokens for result in results) > 0
-    assert not any(result.speculation.num_steps for result in results if result.last and len(result.token_ids) == 0)
+    for (_, params), result in zip(requests, results, strict=True):
+        if params.max_draft_nodes is not None:
+            assert result.speculation.num_draft_tokens <= params.max_draft_nodes * result.speculation.num_steps
 
 
-def test_ngrams_without_a_head(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
-    requests = [(prompt, SamplingParams(max_tokens=40, seed=3)) for prompt in demo_prompts[::20]]
-    results = run(demo_engine(head=False, draft="ngram", max_num_seqs=4), requests)
+@pytest.mark.parametrize("rule", [False, True], ids=["fixed", "load rule"])
+def test_ngrams_without_a_head(
+    rule: bool, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees of any width are widened, so that few are recorded."""
+    requests = [(prompt, SamplingParams(max_tokens=40, temperature=0)) for prompt in demo_prompts[::20]]
+    results = run(demo_engine(head=False, draft="ngram", max_num_seqs=4, load_rule=rule), requests)
+    assert recorded.count <= 3 * 5 + 3
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: None)
     plain = run(demo_engine(head=False, max_num_seqs=4), requests)
     assert [result.token_ids for result in results] == [result.token_ids for result in plain]
 
 
-def test_a_head_that_fails_for_one_request(recorded: Recorded) -> None:
-    """A head that is NaN from some token on leaves the text alone, is counted, and is not asked for that request again."""
+def test_prompts_of_any_length_are_not_recorded(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
+    prompt = [token for text in demo_prompts[:5] for token in text]
+    requests = [(prompt[:length], SamplingParams(max_tokens=4, temperature=0)) for length in range(40, 120, 5)]
+    run(demo_engine(max_num_seqs=1), requests)
+    assert recorded.count <= 8
+
+
+def test_a_draft_of_nan_is_counted_and_not_asked_for_again(recorded: Recorded) -> None:
     model = tiny_model("llama")
-    head = random_head(model)
     requests = [([5, 6, i], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)) for i in range(3)]
     expected = [result.token_ids for result in run(build(model, decoder=LeanDecoder), requests)]
-    head.embed_tokens = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone(), requires_grad=False)
-    head.embed_tokens[expected[1][4]] = float("nan")
-    engine = build(model, head, decoder=LeanDecoder, tree_nodes=8)
-    going = run(engine, requests)
-    assert [result.token_ids for result in going] == expected
+    head = random_head(model)
+    head.fc.weight.data[:] = float("nan")
+    running = Run(build(model, head, decoder=LeanDecoder, tree_nodes=8, ngrams=False))
+    for i, (prompt, params) in enumerate(requests):
+        running.add(str(i), prompt, params)
+    assert [result.token_ids for result in running.finish().values()] == expected
+    assert [stats.failed_drafts for stats in running.stats if stats.failed_drafts] == [3]
+    assert sum(stats.drafting > 0 for stats in running.stats) == 1
 
 
 def test_a_failing_target_ends_its_request_alone(recorded: Recorded) -> None:
