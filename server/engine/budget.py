@@ -19,7 +19,8 @@ PROBE = 16  # steps after which one of the requests that do not draft does so, t
 MAX_PROBE = 256  # and at most, since every try that is of no use doubles them
 TRIES, TRYING = 12, 8  # drafts of a class until its estimate is trusted, by one in so many of a step's requests,
 EAGER = 2  # which does so once in so many steps, whatever is expected of it
-CHECK, FIRST_CHECKS = 64, (6, 16, 32)  # drafting steps of which one decodes plainly, to compare them; which do so before
+CHECK, FIRST_CHECKS = 64, (6, 16, 32)  # drafting steps of which one decodes plainly, to compare them; which do so before,
+DOUBT, DOUBTFUL_CHECK = 1.25, 8  # and of how many where the expected speed-up is less: such a step loses little then
 NEIGHBOURS, ENOUGH = 9, 5  # steps of the other kind that a step is compared with, and how many of them must be at hand
 _LEARNING, _LARGEST = 0.4, 0.5  # weight of a comparison, and the most that it may say, as a logarithm: single steps are noisy
 _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, for heads that bring no figures
@@ -94,7 +95,8 @@ class LoadRule:
         speed = speed if best else batch / plain
         gain = speed * plain / batch
         self._drafting = self._drafting + 1 if best else 0
-        check = self._drafting % CHECK == CHECK - 1 or self._drafting in FIRST_CHECKS
+        every = CHECK if gain > DOUBT else DOUBTFUL_CHECK
+        check = self._drafting % every == every - 1 or self._drafting in FIRST_CHECKS
         chosen = [] if check else self._trusted(able[:best], batch) + self._probe(able[best:])
         self._rest, self._batch = 0 if best or chosen else _REST, batch
         level = self.costs[self._measured(len(chosen))].level if chosen else 0.0
