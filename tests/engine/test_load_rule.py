@@ -37,7 +37,7 @@ def crowd(count: int, temperature: float = 0.0) -> list[Request]:
 
 
 def play(
-    rule: LoadRule, requests: list[Request], accepted: Callable[[Request], int], steps: int,
+    rule: LoadRule, requests: list[Request], accepted: Callable[[Request], float], steps: int,
     clock: Callable[[int, bool], float | None] = lambda step, drafting: None,
 ) -> list[list[str]]:  # fmt: skip
     """Who drafted in each of ``steps`` steps; drafts have 8 nodes, of which so many are accepted, and ``clock`` tells the seconds."""
@@ -176,6 +176,16 @@ def test_clocks_find_that_drafting_costs_more_than_the_model_says(batch: int) ->
     history = play(rule, crowd(batch), lambda _: 2, 1000, lambda _, drafting: 4.0 if drafting else 1.0)
     assert all(history[:5])
     assert sum(map(bool, history[300:])) < 30
+
+
+def test_close_calls_are_compared_more_often() -> None:
+    def compared(accepted: float) -> int:
+        rule = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE)
+        history = play(rule, crowd(1), lambda _: accepted, 512)
+        return sum(not drafting for drafting in history[256:])
+
+    assert compared(2.0) == 256 // budget.CHECK
+    assert compared(0.55) == 256 // budget.DOUBTFUL_CHECK
 
 
 def test_clocks_find_that_drafting_costs_less_than_the_model_says() -> None:
