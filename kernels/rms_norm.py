@@ -45,8 +45,8 @@ def rms_norm_triton(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float)
     total = x if delta is None else torch.empty_like(x)
     out, size = torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(size)
-    rms_norm_kernel[(x.numel() // size,)](x, None if delta is None else delta.contiguous(), weight, total, out, eps, size, block,
-                                          num_warps=min(8, max(1, block // 512)))  # fmt: skip
+    delta = None if delta is None else delta.contiguous()
+    rms_norm_kernel[(x.numel() // size,)](x, delta, weight, total, out, eps, size, block, num_warps=min(8, max(1, block // 512)))
     return total, out
 
 

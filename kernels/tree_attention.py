@@ -73,22 +73,18 @@ class Tiles(NamedTuple):
 
 def choose_tiles(rows: int, group: int, kv_heads: int, size: int, dtype: torch.dtype, capability: int) -> Tiles:
     """Nothing here depends on the batch, so that a request's result does not."""
+    single = dtype == torch.float32  # without tensor cores, larger tiles would spill
+    roomy = capability // 10 in (9, 10)  # elsewhere Q stays in registers, and shared memory is less than half as large
     most_rows = 128 if size <= 128 else 64
-    tile_rows = min(max(16, triton.next_power_of_2(rows * group)), most_rows)
-    programs, warps, stages = PROGRAMS, 4, 5
-    if dtype == torch.float32:  # without tensor cores, larger tiles would spill
-        tile_rows = columns = 16
-    elif capability // 10 not in (9, 10):  # Q stays in registers, and shared memory is less than half as large
-        columns, warps = 32 * most_rows // 128, 8 if tile_rows == 128 or tile_rows * size > 8192 else 4
-    elif tile_rows == 16 and size <= 128:
+    tile_rows = 16 if single else min(max(16, triton.next_power_of_2(rows * group)), most_rows)
+    large = tile_rows == 128 or tile_rows * size > 8192
+    columns, stages = 16 if single else (64 if roomy else 32) * most_rows // 128, 5
+    if roomy and tile_rows == 16 and size <= 128 and not single:
         columns, stages = 128, 3
-    else:
-        columns = 64 * most_rows // 128
-        if tile_rows == 128 or tile_rows * size > 8192:
-            programs, warps, stages = PROGRAMS // 2, 8, 5
+    programs = PROGRAMS // 2 if roomy and large else PROGRAMS
     splits = max(1, programs // (kv_heads * triton.cdiv(rows * group, tile_rows)))
     # A split's partial result is written and read again, which must stay little beside the K and V that the split reads.
-    return Tiles(tile_rows, columns, max(256, 4 * tile_rows), splits, warps, stages)
+    return Tiles(tile_rows, columns, max(256, 4 * tile_rows), splits, 8 if large else 4, stages)
 
 
 def tree_attention_triton(
