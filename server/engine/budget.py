@@ -160,7 +160,7 @@ class LoadRule:
         kind = self._kind_of(plan.drafting, count)
         gains = [self.usual(1 + drafted) for _, drafted, _ in plan.drafts]
         new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
-        if seconds is not None and 2 * count > plan.batch:
+        if seconds is not None and 4 * count >= plan.batch:  # else it says more of the others
             self._compare(size, True, math.log(seconds / self._seconds(plan.batch, count, new, plan.rows)))
         tree = self._sizes[kind] = _Size(*(old + (now - old) * _OWN for old, now in zip(self._sizes[kind], new, strict=True)))
         for fewer in self._batches[: self._batches.index(kind[0])]:

@@ -178,6 +178,14 @@ def test_clocks_find_that_drafting_costs_more_than_the_model_says(batch: int) ->
     assert sum(map(bool, history[300:])) < 30
 
 
+def test_clocks_are_heard_where_half_of_the_requests_draft() -> None:
+    rule = experienced(SHAPE, machine(0.05, 0.02), ACCEPTANCE)
+    requests = crowd(4) + [request(f"quiet {i}", limit=0) for i in range(4)]
+    history = play(rule, requests, lambda _: 2, 1000, lambda _, drafting: 4.0 if drafting else 1.0)
+    assert all(len(drafting) == 4 for drafting in history[:5])
+    assert sum(map(bool, history[300:])) < 30
+
+
 def test_close_calls_are_compared_more_often() -> None:
     def compared(accepted: float) -> int:
         rule = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE)
