@@ -36,16 +36,21 @@ class Engine:
         }
 
     def run(self, work: Work) -> Answers:
-        from server.engine.types import SamplingParams
-        from tools.train_vsd.generate import complete
+        return answers_of(self.engines[work.system], work)
 
-        requests = [
-            (prompt, SamplingParams(max_tokens=work.max_tokens, temperature=work.temperature, seed=seed, ignore_eos=True))
-            for seed, prompt in enumerate(work.prompts)
-        ]
-        done = sorted(complete(self.engines[work.system], requests, work.concurrency), key=lambda completion: completion.index)
-        stats = [completion.speculation for completion in done]
-        return Answers([c.token_ids for c in done], sum(s.num_steps for s in stats), sum(s.num_accepted_tokens for s in stats))
+
+def answers_of(engine: Any, work: Work) -> Answers:
+    """What one of this project's engines makes of ``work``."""
+    from server.engine.types import SamplingParams
+    from tools.train_vsd.generate import complete
+
+    requests = [
+        (prompt, SamplingParams(max_tokens=work.max_tokens, temperature=work.temperature, seed=seed, ignore_eos=True))
+        for seed, prompt in enumerate(work.prompts)
+    ]
+    done = sorted(complete(engine, requests, work.concurrency), key=lambda completion: completion.index)
+    stats = [completion.speculation for completion in done]
+    return Answers([c.token_ids for c in done], sum(s.num_steps for s in stats), sum(s.num_accepted_tokens for s in stats))
 
 
 class Transformers:
@@ -77,22 +82,24 @@ class Transformers:
         self.forwards = 0
         answers: list[list[int]] = []
         for batch in batches(work.prompts, work.concurrency):
-            answers += self._generate(batch, work, {"prompt_lookup_num_tokens": self.draft_tokens} if lookup else {})
+            answers += generated(self.model, batch, work, {"prompt_lookup_num_tokens": self.draft_tokens} if lookup else {})
         if not lookup:
             return Answers(answers)
         return Answers(answers, self.forwards, sum(map(len, answers)) - self.forwards)
 
-    def _generate(self, prompts: list[list[int]], work: Work, options: dict[str, Any]) -> list[list[int]]:
-        import torch
 
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=self.model.device)
-        if work.temperature > 0:
-            options |= {"do_sample": True, "temperature": work.temperature, "top_k": 0}
-        with torch.inference_mode():
-            out = self.model.generate(ids, attention_mask=mask, max_new_tokens=work.max_tokens, pad_token_id=0, **options)
-        return out[:, width:].tolist()
+def generated(model: Any, prompts: list[list[int]], work: Work, options: dict[str, Any]) -> list[list[int]]:
+    """transformers' generate on a left-padded batch; the model's generation config must have no end-of-sequence token."""
+    import torch
+
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
+    if work.temperature > 0:
+        options |= {"do_sample": True, "temperature": work.temperature, "top_k": 0}
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=work.max_tokens, pad_token_id=0, **options)
+    return out[:, width:].tolist()
 
 
 class CTranslate2:

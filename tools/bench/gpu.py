@@ -8,6 +8,7 @@ prompts. What a plain step of one stream takes is set beside the time in which t
 import argparse
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from drafts.eagle3 import Eagle3Head
 from kernels.bench import copy_rate
@@ -27,17 +28,16 @@ from server.engine.lean import LeanDecoder
 from server.engine.target import Target, self_check
 from server.engine.types import SamplingParams
 from tools.bench.arguments import PROMPTS, counts, positive, temperatures
-from tools.bench.backends import batches
+from tools.bench.backends import answers_of, generated
 from tools.bench.inflate import LIKE, inflated_config, inflated_head, inflated_target, plan_inflation
 from tools.bench.report import Row, rows, table
 from tools.bench.rounds import Round, measure
-from tools.bench.work import PLAIN, SPECULATION
+from tools.bench.work import PLAIN, SPECULATION, Answers, Work
 from tools.prompts import read_prompts
-from tools.train_vsd.generate import complete
 
 DTYPE = torch.bfloat16
 GENERATE, LOOKUP = "hf", "hf-prompt-lookup"
-LOOKUP_TOKENS = 10  # transformers' own default is to draft what is found up to this
+LOOKUP_TOKENS = 10  # that prompt lookup drafts
 
 
 @dataclass(frozen=True)
@@ -89,49 +89,30 @@ class Systems:
         read = sum(p.nbytes for p in decoder.parameters()) - self.model.get_input_embeddings().weight.nbytes
         self.weights = read / 1e9
         self.model.set_attn_implementation("sdpa")  # transformers' own forward pass is used by its generate alone
+        self.model.generation_config = GenerationConfig()  # no end-of-sequence token
 
     def run(self, system: str, prompts: Sequence[list[int]], progress: tqdm, concurrency: int, temperature: float, tokens: int) -> Round:
-        start = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start[0].record()
-        steps = accepted = 0
+        work = Work(system, list(prompts), concurrency, temperature, tokens)
+        start = time.perf_counter()
         if system in self.engines:
-            requests = [
-                (prompt, SamplingParams(max_tokens=tokens, temperature=temperature, seed=seed, ignore_eos=True))
-                for seed, prompt in enumerate(prompts)
-            ]
-            done = sorted(complete(self.engines[system], requests, concurrency), key=lambda completion: completion.index)
-            answers = [completion.token_ids for completion in done]
-            steps = sum(completion.speculation.num_steps for completion in done)
-            accepted = sum(completion.speculation.num_accepted_tokens for completion in done)
+            answers = answers_of(self.engines[system], work)
         else:
-            answers = [answer for batch in batches(list(prompts), concurrency) for answer in self._generate(batch, system, tokens)]
-        start[1].record()
-        start[1].synchronize()
+            options: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if system == LOOKUP else {}
+            answers = Answers([answer for prompt in prompts for answer in generated(self.model, [prompt], work, dict(options))])
+        seconds = time.perf_counter() - start
         progress.update(len(prompts))
-        lengths = tuple(map(len, answers))
-        return Round(start[0].elapsed_time(start[1]) / 1000, tuple(map(tuple, answers)), lengths, steps, accepted)
+        lengths = tuple(map(len, answers.token_ids))
+        return Round(seconds, tuple(map(tuple, answers.token_ids)), lengths, answers.steps, answers.accepted)
 
-    @torch.inference_mode()
-    def _generate(self, prompts: list[list[int]], system: str, tokens: int) -> list[list[int]]:
-        """transformers' greedy generate: left-padded batches; prompt lookup takes one prompt at a time."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device="cuda")
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device="cuda")
-        options: dict[str, Any] = {"prompt_lookup_num_tokens": LOOKUP_TOKENS} if system == LOOKUP else {}
-        out = self.model.generate(
-            ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None,
-            **options,
-        )  # fmt: skip
-        return out[:, width : width + tokens].tolist()
-
-    def plain_step(self, prompt: list[int], copy: float) -> PlainStep:
+    def plain_step(self, prompt: list[int], copy: float, tokens: int) -> PlainStep:
+        """The median of the steps of one answer, but for the first, which record and compile."""
         engine = self.engines[PLAIN]
-        engine.add_request("plain step", prompt, SamplingParams(max_tokens=96, temperature=0, ignore_eos=True))
+        engine.add_request("plain step", prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))
         seconds = []
         while engine.has_work():
             stats = engine.step()[1]
             seconds.append(stats.seconds)
-        typical = median(seconds[8:])
+        typical = median(seconds[len(seconds) // 4 :])
         return PlainStep(1000 * typical, self.weights, copy, self.weights / typical / copy)
 
 
@@ -140,7 +121,7 @@ def bench(args: argparse.Namespace) -> Iterator[tuple[list[Row], PlainStep]]:
     copy = copy_rate()
     prompts = read_prompts(args.prompts, AutoTokenizer.from_pretrained(EngineConfig.model), max(args.concurrency) * args.per_stream)
     systems = Systems(args, max(map(len, prompts)))
-    step = systems.plain_step(prompts[0], copy)
+    step = systems.plain_step(prompts[0], copy, args.max_tokens)
     print(
         f"a plain step of one stream: {step.milliseconds:.2f} ms, {step.share:.0%} of {copy:.0f} GB/s over {step.weights:.2f} GB",
         flush=True,
