@@ -38,10 +38,7 @@ def tree_attention_reference(
     """``tree_attention`` in plain PyTorch."""
     batch, rows, heads, size = q.shape
     kv_heads = k_cache.shape[2]
-    blocks = layout.block_tables[:, : layout.num_blocks].flatten()
-    # Whole blocks as flat rows: the copy is one memcpy per block.
-    keys = k_cache.flatten(1).index_select(0, blocks).view(batch, -1, kv_heads, size).transpose(1, 2)  # [B, Hkv, L, D]
-    values = v_cache.flatten(1).index_select(0, blocks).view(batch, -1, kv_heads, size).transpose(1, 2)
+    keys, values = (_visible_rows(cache, layout).transpose(1, 2) for cache in (k_cache, v_cache))  # [B, Hkv, L, D]
     # Heads that share a KV head become rows of it: K and V are never repeated.
     group = heads // kv_heads
     queries = q.view(batch, rows, kv_heads, group, size).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * rows, size)
@@ -56,6 +53,15 @@ def tree_attention_reference(
             scores = torch.cat((scores, sink), dim=-1)
         out = (scores.softmax(-1)[..., : keys.shape[2]] @ values.float()).to(q.dtype)
     return out.view(batch, kv_heads, group, rows, size).permute(0, 3, 1, 2, 4).reshape(batch, rows, heads, size)
+
+
+def _visible_rows(cache: Tensor, layout: TreeLayout) -> Tensor:
+    """K or V of all requests' first blocks, [B, L, Hkv, D]; where they lie next to each other, nothing is copied."""
+    if layout.only_run is not None:
+        return cache[layout.only_run : layout.only_run + layout.num_blocks].flatten(0, 1)[None]
+    blocks = layout.block_tables[:, : layout.num_blocks].flatten()
+    # Whole blocks as flat rows: the copy is one memcpy per block.
+    return cache.flatten(1).index_select(0, blocks).view(len(layout.block_tables), -1, *cache.shape[2:])
 
 
 class Tiles(NamedTuple):

@@ -47,6 +47,14 @@ class TreeLayout:
         return min(needed, self.block_tables.shape[1])
 
     @cached_property
+    def only_run(self) -> int | None:
+        """The first of ``num_blocks`` blocks that follow one another, if there is one request and its blocks do; on a CPU alone."""
+        if len(self.block_tables) > 1:
+            return None
+        first, *others = self.block_tables[0, : self.num_blocks].tolist()
+        return first if others == list(range(first + 1, first + self.num_blocks)) else None
+
+    @cached_property
     def columns(self) -> Tensor:
         """Columns of the first ``num_blocks`` blocks, counted from the end of each context, int64 [B, L]: negative ones are committed."""
         columns = torch.arange(self.num_blocks * self.block_size, device=self.depth.device)

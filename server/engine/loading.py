@@ -78,4 +78,5 @@ def load(config: EngineConfig, report: Report = lambda phase, percent: None) -> 
         raise EngineError(str(error)) from error
     store_transposed(head)
     quantize_draft(head)
+    pack_for_trees(head)
     return target, head, tokenizer
