@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from server.engine.costs import StepCost, powers_of_two
 from server.engine.drafter import TreeShape
+from server.engine.ngram import Draft
 from server.engine.request import WARMEST, Request
 
 START_GAIN = 1.1  # expected speed-up over plain decoding from which on requests draft: estimates err by as much
@@ -34,17 +35,24 @@ _REST = 7  # steps that a decision against drafting holds while the batch stays 
 class Plan:
     """What one step of ``batch`` requests may draft, for whom, and what became of it.
 
-    ``rows``: that the draft caches of those requests are behind, but for one each; ``levels`` that trees were grown by; ``drafts``:
-    (request, drafted nodes, accepted nodes) of those that had a tree.
+    ``copying``: requests that have trees of what their own texts propose, ``copies`` nodes in all; ``guesses``: what was looked up, by
+    request id, None where nothing was. Of those that the head drafts for, ``rows``: that their draft caches are behind, but for one each;
+    ``levels`` that trees were grown by; ``drafts``: (request, drafted nodes, accepted nodes) of those that had a tree.
     """
 
     shape: TreeShape
     drafting: list[Request]
     gain: float = 1.0  # tokens per second over those of plain decoding, as expected
     batch: int = 0
+    copying: list[Request] = field(default_factory=list)
+    copies: int = 0
+    guesses: dict[str, Draft] | None = None
     rows: int = 0
     levels: int = 0
     drafts: list[tuple[Request, int, int]] = field(default_factory=list)
+
+    def guesses_of(self, requests: list[Request]) -> list[Draft] | None:
+        return None if self.guesses is None else [self.guesses[request.request_id] for request in requests]
 
 
 class _Size(NamedTuple):
@@ -53,6 +61,13 @@ class _Size(NamedTuple):
     levels: float
     nodes: float  # drafted ones of a request
     gain: float  # accepted tokens of a request, if it accepted what the figures known beforehand say
+
+
+class _Text(NamedTuple):
+    """Tokens that nodes of a request's own text are expected to bring, and how many nodes they are."""
+
+    tokens: float
+    nodes: int
 
 
 class LoadRule:
@@ -64,14 +79,18 @@ class LoadRule:
     request now and then. Within a tree, time has the price of the tokens that the batch commits in it as things go: a level or a node
     that is expected to bring less is left out.
 
+    What a request's own text proposes costs nothing to make, and is known before it is decided: it is verified where that is expected to
+    pay, and the head drafts only where it brings more.
+
     Costs are modelled. Clocks correct the model in one point, what drafting steps cost beside plain ones: whenever a step follows several
     of the other kind, their seconds are compared, so that what slows the machine as a whole says nothing.
 
-    ``costs``: by batch size; ``acceptance``: tokens per verification by number of nodes of a fixed tree, which are usual.
+    ``costs``: by batch size; ``acceptance``: tokens per verification by number of nodes of a fixed tree, which are usual; ``head``: there
+    is one.
     """
 
-    def __init__(self, shape: TreeShape, costs: Mapping[int, StepCost], acceptance: Mapping[int, float]) -> None:
-        self.shape, self.costs = shape, dict(costs)
+    def __init__(self, shape: TreeShape, costs: Mapping[int, StepCost], acceptance: Mapping[int, float], head: bool = True) -> None:
+        self.shape, self.costs, self.head = shape, dict(costs), head
         self._batches = sorted(costs)
         self._usual = {nodes: tokens - 1 for nodes, tokens in acceptance.items()}
         self._sizes = {(batch, warmth): self._first_size(batch, warmth) for batch in self._batches for warmth in range(WARMEST + 1)}
@@ -83,24 +102,59 @@ class LoadRule:
         self._bias: defaultdict[int, float] = defaultdict(float)  # by batch size: logarithm of drafting steps' seconds over the model's
         self._recent: deque[tuple[tuple[int, bool], float]] = deque(maxlen=NEIGHBOURS)  # the same of single steps
 
-    def choose(self, requests: list[Request]) -> Plan:
-        """Who of the step's requests drafts, with the largest tree and its prices."""
-        batch, size = len(requests), self._measured(len(requests))
-        plain = self.costs[size].plain
-        if self._rest and batch == self._batch and self._since_probe < self._interval - 1 and self._tries[requests[0].warmth] >= TRIES:
-            self._rest, self._since_probe = self._rest - 1, self._since_probe + 1
-            return Plan(self._priced(batch, batch / plain, 0.0), [], 1.0, batch)
-        able = sorted((r for r in requests if r.max_draft_nodes > 0), key=self._worth_of, reverse=True)
-        best, speed = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * batch / plain)
-        speed = speed if best else batch / plain
+    def choose(self, requests: list[Request], guesses: list[Draft] | None = None) -> Plan:
+        """Who of the step's requests drafts, with the largest tree and its prices; ``guesses``: what their texts propose."""
+        batch, plain = len(requests), self.costs[self._measured(len(requests))].plain
+        texts = self._texts(requests, guesses)
+        tokens, copies = (sum(column) for column in zip(*texts.values(), strict=True))
+        speed = (batch + tokens) / (plain + self._text_seconds(batch, copies))
+        chosen: list[Request] = []
         gain = speed * plain / batch
-        self._drafting = self._drafting + 1 if best else 0
-        every = CHECK if gain > DOUBT else DOUBTFUL_CHECK
-        check = self._drafting % every == every - 1 or self._drafting in FIRST_CHECKS
-        chosen = [] if check else self._trusted(able[:best], batch) + self._probe(able[best:])
-        self._rest, self._batch = 0 if best or chosen else _REST, batch
+        if self.head and not self._resting(requests):
+            able = sorted((r for r in requests if r.max_draft_nodes > 0), key=lambda r: self._advantage(r, texts), reverse=True)
+            best, faster = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * speed, texts)
+            self._drafting = self._drafting + 1 if best else 0
+            speed, gain = (faster, faster * plain / batch) if best else (speed, gain)
+            every = CHECK if gain > DOUBT else DOUBTFUL_CHECK
+            check = self._drafting % every == every - 1 or self._drafting in FIRST_CHECKS
+            chosen = [] if check else self._trusted(able[:best], batch) + self._probe(able[best:])
+            self._rest, self._batch = 0 if best or chosen else _REST, batch
         level = self.costs[self._measured(len(chosen))].level if chosen else 0.0
-        return Plan(self._priced(batch, speed, level), chosen, gain, batch, sum(r.num_pending - 1 for r in chosen))
+        plan = Plan(self._priced(batch, speed, level), chosen, gain, batch, rows=sum(r.num_pending - 1 for r in chosen))
+        if guesses is not None:
+            plan.guesses = {request.request_id: draft for request, draft in zip(requests, guesses, strict=True)}
+            plan.copying = [r for r in requests if texts[r.request_id].nodes and r not in chosen]
+            plan.copies = sum(texts[r.request_id].nodes for r in plan.copying)
+        return plan
+
+    def _resting(self, requests: list[Request]) -> bool:
+        """Whether an earlier decision against drafting still holds."""
+        known = len(requests) == self._batch and self._tries[requests[0].warmth] >= TRIES
+        if not (self._rest and known and self._since_probe < self._interval - 1):
+            return False
+        self._rest, self._since_probe = self._rest - 1, self._since_probe + 1
+        return True
+
+    def _texts(self, requests: list[Request], guesses: list[Draft] | None) -> dict[str, _Text]:
+        """What every request gains by nodes of its own text that are worth their price; nothing where they do not pay together."""
+        batch, cost = len(requests), self.costs[self._measured(len(requests))]
+        none = {request.request_id: _Text(0.0, 0) for request in requests}
+        if guesses is None:
+            return none
+        price = START_GAIN * cost.node / cost.plain
+        texts = {request.request_id: _Text(*draft.worth(price)) for request, draft in zip(requests, guesses, strict=True)}
+        tokens, nodes = (sum(column) for column in zip(*texts.values(), strict=True))
+        pays = (batch + tokens) * cost.plain >= START_GAIN * batch * (cost.plain + self._text_seconds(batch, nodes))
+        return texts if nodes and pays else none
+
+    def _text_seconds(self, batch: int, nodes: int) -> float:
+        """What a step takes longer for so many nodes of texts in all."""
+        cost = self.costs[self._measured(batch)]
+        return cost.text + cost.node / batch * nodes if nodes else 0.0
+
+    def _advantage(self, request: Request, texts: dict[str, _Text]) -> float:
+        """Of the head's trees over what the request's text proposes, in tokens."""
+        return self._worth_of(request) * self._sizes[self._batches[0], request.warmth].gain - texts[request.request_id].tokens
 
     def usual(self, nodes: int) -> float:
         """Drafted tokens that trees of so many nodes have accepted where the figures known beforehand were measured."""
@@ -110,14 +164,17 @@ class LoadRule:
         """The largest tree at prices of ``speed`` tokens per second; ``level``: seconds of one."""
         return self.shape._replace(level_price=speed * level, node_price=speed * self.costs[self._measured(batch)].node / batch)
 
-    def _best(self, able: list[Request], batch: int, speed: float) -> tuple[int, float]:
+    def _best(self, able: list[Request], batch: int, speed: float, texts: dict[str, _Text]) -> tuple[int, float]:
         """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
         best, worth, late = 0, 0.0, 0.0
+        tokens, copies = (sum(column) for column in zip(*texts.values(), strict=True))
         for count, request in enumerate(able, 1):
-            size = self._sizes[self._kind_of(able, count)]
+            size, text = self._sizes[self._kind_of(able, count)], texts[request.request_id]
             worth, late = worth + self._worth_of(request), late + self._late(request)
+            tokens, copies = tokens - text.tokens, copies - text.nodes
             accepted = min(worth * size.gain, size.nodes * count)
-            faster = (batch + accepted) / self._seconds(batch, count, size, accepted + late)
+            seconds = self._seconds(batch, count, size, accepted + late) + self._text_seconds(batch, copies)
+            faster = (batch + tokens + accepted) / seconds
             if faster > speed:
                 best, speed = count, faster
         return best, speed
@@ -151,17 +208,17 @@ class LoadRule:
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
         """Learn from a step; ``seconds`` None where it had other work as well."""
-        size = self._measured(plan.batch)
+        size, text = self._measured(plan.batch), self._text_seconds(plan.batch, plan.copies)
         if not plan.drafting:
             if seconds is not None and plan.batch:
-                self._compare(size, False, math.log(seconds / self.costs[size].plain))
+                self._compare(size, False, math.log(seconds / (self.costs[size].plain + text)))
             return
         count = len(plan.drafting)
         kind = self._kind_of(plan.drafting, count)
         gains = [self.usual(1 + drafted) for _, drafted, _ in plan.drafts]
         new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
         if seconds is not None and 4 * count >= plan.batch:  # else it says more of the others
-            self._compare(size, True, math.log(seconds / self._seconds(plan.batch, count, new, plan.rows)))
+            self._compare(size, True, math.log(seconds / (self._seconds(plan.batch, count, new, plan.rows) + text)))
         tree = self._sizes[kind] = _Size(*(old + (now - old) * _OWN for old, now in zip(self._sizes[kind], new, strict=True)))
         for fewer in self._batches[: self._batches.index(kind[0])]:
             if self._sizes[fewer, kind[1]].nodes < tree.nodes:  # which fewer requests can afford as well
@@ -219,22 +276,6 @@ class LoadRule:
     def _measured(self, batch: int) -> int:
         """The measured batch size that stands for ``batch``: the next larger one."""
         return self._batches[min(bisect_left(self._batches, batch), len(self._batches) - 1)]
-
-
-class FreeDraftRule(LoadRule):
-    """The load rule where drafting costs nothing: trees are known before it is decided, so each step's own tree says what it will bring.
-
-    Plain decoding is what a tree must beat, START_GAIN times; the price of a level is that of all but its nodes. Nothing is learned.
-    """
-
-    def choose(self, requests: list[Request]) -> Plan:
-        batch, cost = len(requests), self.costs[self._measured(len(requests))]
-        needed = START_GAIN * batch / cost.plain
-        shape = self.shape._replace(level_price=needed * cost.tree(1, 1) - batch, node_price=needed * cost.node / batch)
-        return Plan(shape, [request for request in requests if request.max_draft_nodes > 0])
-
-    def observe(self, plan: Plan, seconds: float | None) -> None:
-        pass
 
 
 def default_acceptance(nodes: int) -> dict[int, float]:

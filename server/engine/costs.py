@@ -28,7 +28,8 @@ MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost
 class StepCost(NamedTuple):
     """Seconds of a step at one batch size: ``plain``, or ``base`` + ``level`` for each level but the first + ``node`` for each node.
 
-    ``row``: for each row but the first that a request's draft cache is behind, which is a row per committed token.
+    ``row``: for each row but the first that a request's draft cache is behind, which is a row per committed token. ``text``: of trees
+    that no head has drafted, beside those of a plain step and ``node`` for each drafted node.
     """
 
     plain: float
@@ -36,6 +37,7 @@ class StepCost(NamedTuple):
     level: float
     node: float
     row: float = 0.0
+    text: float = 0.0
 
     def tree(self, levels: int, nodes: int) -> float:
         """Seconds of a step whose trees were grown by ``levels`` levels and verified with ``nodes`` nodes, the draft cache a row behind."""
@@ -53,12 +55,12 @@ def measure_costs(
     """Time steps at batch sizes 1, 2, 4, ...; ``run(batch, shape)`` does one with the draft cache up to date, and returns its seconds;
     ``sync(batch, rows)`` brings it up to date after so many rows of every request.
 
-    Four kinds of step tell the parts of the cost: plain, one level with one drafted node, all levels with one, all levels with all
-    nodes; and two numbers of rows. They take turns, so that another program's burst of work hits them all, and the best of a few turns
-    counts. Once MEASURING_SECONDS are spent, larger batches are taken to decode plainly.
+    Five kinds of step tell the parts of the cost: plain, one level with one drafted node, all levels with one, all levels with all
+    nodes, no level with all; and two numbers of rows. They take turns, so that another program's burst of work hits them all, and
+    the best of a few turns counts. Once MEASURING_SECONDS are spent, larger batches are taken to decode plainly.
     """
     slim = shape._replace(nodes=2)
-    kinds = (shape.shrunk(1), slim._replace(depth=1), slim, shape)
+    kinds = (shape.shrunk(1), slim._replace(depth=1), slim, shape, shape._replace(depth=0))
     costs: dict[int, StepCost] = {}
     spent = 0.0
     for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
@@ -101,10 +103,11 @@ def cost_of_trees(seconds: Mapping[int, float]) -> StepCost:
 
 def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:
     """The cost's parts from what ``measure_costs`` timed."""
-    plain, one_level, all_levels, all_nodes, row, rows = seconds
+    plain, one_level, all_levels, all_nodes, text, row, rows = seconds
     node = max(0.0, all_nodes - all_levels) / max(1, shape.nodes - 2)
     level = max(0.0, all_levels - one_level) / max(1, shape.depth - 1)
-    return StepCost(plain, one_level + row - 2 * node, level, node, max(0.0, rows - row) / (MEASURED_ROWS - 1) / batch)
+    late = max(0.0, rows - row) / (MEASURED_ROWS - 1) / batch
+    return StepCost(plain, one_level + row - 2 * node, level, node, late, max(0.0, text - plain - node * (shape.nodes - 1)))
 
 
 def machine(device: torch.device) -> str:
@@ -124,7 +127,8 @@ def kept_costs(directory: Path | None, key: str, measure: Callable[[], dict[int,
     """
     if directory is None:
         return measure()
-    path = directory / f"step-costs-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    named = hashlib.sha256(f"{StepCost._fields}: {key}".encode()).hexdigest()[:16]
+    path = directory / f"step-costs-{named}.json"
     try:
         if path.exists():
             return {int(batch): StepCost(**parts) for batch, parts in json.loads(path.read_text())["costs"].items()}

@@ -21,7 +21,8 @@ RECORDED_ROWS = 16  # of a request: more are those of a prompt, whose lengths ar
 
 
 class TreeShape(NamedTuple):
-    """How much to draft, at most: ``nodes`` verified (root included), ``depth`` levels, ``topk`` nodes expanded a level.
+    """How much to draft, at most: ``nodes`` verified (root included), ``depth`` levels, ``topk`` nodes expanded a level. Without levels
+    there are nodes of the request's own text alone.
 
     The prices are what one more level of all requests, and one more node of one, must bring in expected tokens; 0 takes all.
     """
@@ -39,7 +40,7 @@ class TreeShape(NamedTuple):
 
     def shrunk(self, nodes: int) -> "TreeShape":
         """The shape for fewer nodes: no level and no branch that they could not fill."""
-        return self._replace(nodes=nodes, depth=max(1, min(self.depth, nodes - 1)), topk=max(1, min(self.topk, nodes - 1)))
+        return self._replace(nodes=nodes, depth=min(self.depth, max(1, nodes - 1)), topk=max(1, min(self.topk, nodes - 1)))
 
 
 class Drafter:
@@ -124,7 +125,7 @@ class Drafter:
         pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))  # a copy: graphs share their memory
         self.guesses = pool.tokens[:, 0], pool.scores[:, 0]
         depth = len(levels)
-        if ngrams is not None and ngrams.pool is not None:
+        if ngrams is not None:
             pool = merge(pool, ngrams.pool.to(roots.device), min(depth, ngrams.depth))
             depth = max(depth, ngrams.depth)
         return best_tree(roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from drafts.eagle3 import DraftTemperature, Eagle3Head
 from kernels.tree_mask import MAX_NODES
-from server.engine.budget import FreeDraftRule, LoadRule, Plan, default_acceptance
+from server.engine.budget import LoadRule, Plan, default_acceptance
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.costs import cost_of_trees, kept_costs, machine, measure_costs, measure_trees
@@ -152,7 +152,7 @@ class Engine:
             self.load_rule.observe(plan, None if stats.prompt_tokens else time.monotonic() - start)
         self._bound_pending(stats)
         stats.failed_drafts, self.proposer.failed = stats.failed_drafts + self.proposer.failed, 0
-        stats.drafting, stats.expected_gain = len(plan.drafting), plan.gain
+        stats.drafting, stats.expected_gain = len(plan.drafting) + len(plan.copying), plan.gain
         stats.seconds = time.monotonic() - start
         stats.num_running, stats.num_waiting, stats.kv_usage = self.num_running, self.num_waiting, self.pool.usage
         return outputs, stats
@@ -170,7 +170,8 @@ class Engine:
     def _plan(self, decoding: list[Request]) -> Plan:
         """Who may draft in this step, and how much."""
         if self.load_rule and decoding:
-            return self.load_rule.choose(decoding)
+            # Where graphs are replayed, texts are looked up while the device works.
+            return self.load_rule.choose(decoding, None if self.steps.graphs else self.proposer.look_up(decoding, self.shape.nodes))
         return Plan(self.shape, [request for request in decoding if request.max_draft_nodes > 0])
 
     def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:
@@ -235,13 +236,13 @@ class Engine:
 
     def _measure(self, target: Target, head: Eagle3Head | None, config: EngineConfig) -> LoadRule:
         """Time whole steps of requests made for it: what decides how much a load may draft."""
-        self.proposer.ngrams = None if head else FullDrafts()
         full, prompt = self.shape, [0] * max(1, min(MEASURED_PROMPT, self.max_request_tokens // 2))
         params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=1.0, seed=0, ignore_eos=True)
         names = (f"measurement-{i}" for i in itertools.count())
 
         def run(batch: int, shape: TreeShape) -> float:
             self.shape = shape
+            self.proposer.ngrams = None if head and shape.depth else FullDrafts()
             if len(self._requests) < batch:
                 for _ in range(batch - len(self._requests)):
                     self.add_request(next(names), prompt, params)
@@ -261,7 +262,7 @@ class Engine:
             steps = f"{full}, prompts of {len(prompt)} and {params.max_tokens} tokens, batches up to {config.max_num_seqs}"
             what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
             costs = kept_costs(config.cost_cache, what, lambda: measure_costs(run, sync, full, config.max_num_seqs))
-        self.shape = full
+        self.shape, self.proposer.ngrams = full, None
         for request_id, request in list(self._requests.items()):
             if request in self.scheduler.running:  # all are, unless the cache is too small for them
                 self.pool.forget(request.row)
@@ -269,7 +270,7 @@ class Engine:
         known = (head.metadata.acceptance_length if head and head.metadata else {}) or default_acceptance(full.nodes)
         if self.steps.graphs and head:
             return FixedTreeRule(full, seconds, known)
-        return (LoadRule if head else FreeDraftRule)(full, costs, known)
+        return LoadRule(full, costs, known, head is not None)
 
 
 def _graphs(target: Target, config: EngineConfig) -> Graphs | None:

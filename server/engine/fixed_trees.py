@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from server.engine.budget import MAX_PROBE, PROBE, START_GAIN, STOP_GAIN, LoadRule, Plan
 from server.engine.costs import cost_of_trees
 from server.engine.drafter import TreeShape
+from server.engine.ngram import Draft
 from server.engine.request import Request
 
 _NEWS = 0.1  # weight of a step's seconds in what is known of its kind,
@@ -23,7 +24,8 @@ class FixedTreeRule(LoadRule):
         super().__init__(shape, {batch: cost_of_trees(of) for batch, of in seconds.items()}, acceptance)
         self._steps = {batch: dict(of) for batch, of in seconds.items()}
 
-    def choose(self, requests: list[Request]) -> Plan:
+    def choose(self, requests: list[Request], guesses: list[Draft] | None = None) -> Plan:
+        """Of texts, what a grammar demands is verified where nothing else is."""
         batch, steps = len(requests), self._steps[self._measured(len(requests))]
         able = [request for request in requests if request.max_draft_nodes > 0]
         worth = sum(map(self._worth_of, able))
@@ -42,7 +44,8 @@ class FixedTreeRule(LoadRule):
             if self._since_probe >= self._interval:  # to see whether it has become worth while
                 self._interval, self._since_probe, worthwhile = min(2 * self._interval, MAX_PROBE), 0, True
         shape = self.shape.shrunk(nodes)
-        return Plan(shape, able if worthwhile else [], max(1.0, gain(nodes)) if self._drafting else 1.0, batch)
+        bound = [] if worthwhile else [request for request in able if request.matcher is not None]
+        return Plan(shape, able if worthwhile else [], max(1.0, gain(nodes)) if self._drafting else 1.0, batch, bound)
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
         if plan.drafts:

@@ -106,6 +106,12 @@ class Draft:
             node = self.add(node, token, score, kind)
         self.depth = len(path)
 
+    def worth(self, price: float) -> tuple[float, int]:
+        """Tokens that the proposed nodes are expected to bring, and how many nodes they are; those alone that bring ``price`` each."""
+        survival = [math.exp(score) for score in self.scores if score > -math.inf]
+        bought = [tokens for tokens in survival if tokens >= price]
+        return sum(bought), len(bought)
+
     def keep(self, nodes: int) -> None:
         """Propose the best ``nodes`` alone; of equal scores the first, so that a kept node's parent is kept."""
         for place in sorted(range(len(self.scores)), key=self.scores.__getitem__, reverse=True)[nodes:]:
@@ -113,26 +119,21 @@ class Draft:
 
 
 class Candidates(NamedTuple):
-    """A batch's guesses. ``pool``: those to propose, on the host, None where there are none; ``depth``: of the deepest, else 0."""
+    """A batch's guesses as tensors on the host; ``depth``: of the deepest."""
 
-    drafts: list[Draft]
-    pool: Pool | None
+    pool: Pool
     depth: int
 
-    def worthwhile(self, level_price: float, node_price: float) -> "Candidates":
-        """Without the pool where its nodes bring less than their price and ``level_price`` together, in expected tokens."""
-        if self.pool is None:
-            return self
-        gains = self.pool.scores.exp() - node_price
-        return self if float(gains.clamp(min=0).sum()) >= level_price else self.without_pool()
-
-    def of(self, places: Sequence[int]) -> "Candidates":
-        """Those of some requests, to be learned from."""
-        return Candidates([self.drafts[place] for place in places], None, 0)
-
-    def without_pool(self) -> "Candidates":
-        """Nothing is proposed, and yet it is learned whether it would have come true."""
-        return Candidates(self.drafts, None, 0)
+    @classmethod
+    def of(cls, drafts: list[Draft] | None) -> "Candidates | None":
+        """None where there are none."""
+        width = max(len(draft.tokens) for draft in drafts) if drafts else 0
+        if drafts is None or width == 0:
+            return None
+        scores = torch.tensor([draft.scores + [-math.inf] * (width - len(draft.scores)) for draft in drafts])
+        tokens = torch.tensor([draft.tokens + [-1] * (width - len(draft.tokens)) for draft in drafts])
+        parents = torch.tensor([draft.parents + [0] * (width - len(draft.parents)) for draft in drafts])
+        return cls(Pool(scores, tokens, parents), max(draft.depth for draft in drafts))
 
 
 class Ngrams:
@@ -141,23 +142,16 @@ class Ngrams:
     def __init__(self) -> None:
         self.rates = Rates()
 
-    def find(self, requests: Sequence["Request"], nodes: int, matches: bool = True) -> Candidates:
-        """Guesses for trees of ``nodes`` nodes, root included; without ``matches`` those alone that a grammar demands."""
-        drafts = [self._draft(request, min(nodes - 1, request.max_draft_nodes), matches) for request in requests]
-        width = max(len(draft.tokens) for draft in drafts)
-        if width == 0:
-            return Candidates(drafts, None, 0)
-        scores = torch.tensor([draft.scores + [-math.inf] * (width - len(draft.scores)) for draft in drafts])
-        tokens = torch.tensor([draft.tokens + [-1] * (width - len(draft.tokens)) for draft in drafts])
-        parents = torch.tensor([draft.parents + [0] * (width - len(draft.parents)) for draft in drafts])
-        return Candidates(drafts, Pool(scores, tokens, parents), max(draft.depth for draft in drafts))
+    def find(self, requests: Sequence["Request"], nodes: int) -> list[Draft]:
+        """Guesses for trees of ``nodes`` nodes, root included."""
+        return [self._draft(request, min(nodes - 1, request.max_draft_nodes)) for request in requests]
 
-    def _draft(self, request: "Request", limit: int, matches: bool) -> Draft:
+    def _draft(self, request: "Request", limit: int) -> Draft:
         draft, ids = Draft(), request.token_ids
         if limit > 0:
             if request.matcher is not None:
                 draft.demand(request.matcher.demanded()[:limit], request.warmth, self.rates)
-            for length, place in request.ngrams.matches(ids)[:FOLLOWED] if matches else []:
+            for length, place in request.ngrams.matches(ids)[:FOLLOWED]:
                 path = ids[place : place + limit]
                 while len(path) < limit:  # the match overlaps what follows it: the text repeats itself
                     path += path[: limit - len(path)]
@@ -165,9 +159,9 @@ class Ngrams:
             draft.keep(limit)
         return draft
 
-    def learn(self, candidates: Candidates, committed: Sequence[Sequence[int]]) -> None:
-        """Compare the guesses with the tokens that each request got."""
-        for draft, tokens in zip(candidates.drafts, committed, strict=True):
+    def learn(self, drafts: Sequence[Draft], committed: Sequence[Sequence[int]]) -> None:
+        """Compare the guesses with the tokens that each request got, whether they were proposed or not."""
+        for draft, tokens in zip(drafts, committed, strict=True):
             node = 0
             for token in tokens:
                 for guess, below in draft.children[node].items():
@@ -180,7 +174,7 @@ class Ngrams:
 class FullDrafts(Ngrams):
     """Stands in while step costs are measured: guesses as many as a tree holds, whatever the text."""
 
-    def _draft(self, request: "Request", limit: int, matches: bool) -> Draft:
+    def _draft(self, request: "Request", limit: int) -> Draft:
         draft = Draft()
         for node in range(limit):
             draft.add(node, 0, 0.0, (0, LONGEST, 0))

@@ -16,7 +16,7 @@ from server.engine.draft_temperature import level_sigmas
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
-from server.engine.ngram import Candidates, Ngrams
+from server.engine.ngram import Candidates, Draft, Ngrams
 from server.engine.pool import best_tree, root_only
 from server.engine.request import Request
 from server.engine.types import Tree, Verdict
@@ -119,22 +119,15 @@ class Proposer:
             most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
             self.sync_draft([request for request in requests if request.num_pending > most])
 
-    def look_up(self, requests: list[Request], shape: TreeShape) -> Candidates | None:
-        """What the requests' own text proposes; None when nothing is to be drafted, or when it fails."""
-        if self.ngrams is None or shape.nodes == 1:
+    def look_up(self, requests: list[Request], nodes: int) -> list[Draft] | None:
+        """What the requests' own texts propose for trees of ``nodes`` nodes; None when nothing is to be drafted, or when it fails."""
+        if self.ngrams is None or nodes == 1:
             return None
         try:
-            guesses = self.ngrams.find(requests, shape.nodes)
-            return guesses if self.drafter else guesses.worthwhile(shape.level_price, shape.node_price)
+            return self.ngrams.find(requests, nodes)
         except Exception:
             logger.exception("looking up n-grams failed; this step drafts without them")
             return None
-
-    def demanded(self, requests: list[Request], shape: TreeShape) -> Candidates | None:
-        """What grammars leave no choice of, which costs no draft; None where there is nothing."""
-        if self.ngrams is None or shape.nodes == 1:
-            return None
-        return self.ngrams.find(requests, shape.nodes, matches=False)
 
     def propose(
         self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None
@@ -144,7 +137,7 @@ class Proposer:
         if shape.nodes == 1:
             return root_only(roots)
         try:
-            if self.drafter is None:
+            if self.drafter is None or shape.depth == 0:
                 return text_tree(roots, shape, guesses)
             self._sync_drafting(requests)
             lengths, max_context = context_lens(requests, self.device)
@@ -192,6 +185,6 @@ class Proposer:
 
 def text_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:
     """Trees of the texts' own guesses alone."""
-    if guesses is None or guesses.pool is None:
+    if guesses is None:
         return root_only(roots)
     return best_tree(roots, guesses.pool.to(roots.device), shape.nodes, shape.node_price, guesses.depth)

@@ -20,7 +20,7 @@ from server.engine.graphs import Graphs
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
-from server.engine.ngram import Candidates
+from server.engine.ngram import Candidates, Draft
 from server.engine.pool import by_width, narrowed, root_only, widened
 from server.engine.proposer import Proposer, text_tree
 from server.engine.request import Request
@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 class Verification(NamedTuple):
     """What one forward pass verifies of some requests; ``reach``: depth of the deepest node, at most.
 
-    ``places``: of the requests among those that the load rule lets draft, None where it said nothing.
+    ``drafts``: what their texts proposed, to be learned from, None where nothing was looked up. ``places``: of the requests among those
+    that the head drafts for, None where it does not.
     """
 
     requests: list[Request]
@@ -42,7 +43,7 @@ class Verification(NamedTuple):
     reach: int
     options: SamplingBatch
     noise: Noise | None
-    guesses: Candidates | None
+    drafts: list[Draft] | None
     rows: Rows
     places: list[int] | None
 
@@ -129,17 +130,16 @@ class Steps:
 
     def _verifications(self, requests: list[Request], plan: Plan) -> list[Verification]:
         """Trees for those that draft, the roots alone for the others, but for text that a grammar demands."""
-        chosen = set(map(id, plan.drafting)) if plan.shape.nodes > 1 else set()
-        if chosen and self.graphs is not None:
+        if plan.drafting and plan.shape.nodes > 1 and self.graphs is not None:
             return self._draft(requests, plan)
-        drafting = [request for request in requests if id(request) in chosen]
-        quiet = [request for request in requests if id(request) not in chosen]
-        bound = [request for request in quiet if request.matcher is not None and request.max_draft_nodes > 0]
-        free = [request for request in quiet if request not in bound]
+        drafting, copying = (set(map(id, chosen)) if plan.shape.nodes > 1 else set() for chosen in (plan.drafting, plan.copying))
+        by_head = [request for request in requests if id(request) in drafting]
+        by_text = [request for request in requests if id(request) in copying]
+        quiet = [request for request in requests if id(request) not in drafting | copying]
         return [
-            *(self._draft(drafting, plan) if drafting else []),
-            *([self._plain(bound, plan.shape, self.proposer.demanded(bound, plan.shape))] if bound else []),
-            *([self._plain(free, plan.shape, None)] if free else []),
+            *(self._draft(by_head, plan) if by_head else []),
+            *(self._copy(by_text, plan) if by_text else []),
+            *([self._plain(quiet, plan.guesses_of(quiet))] if quiet else []),
         ]
 
     def _settle(
@@ -151,39 +151,54 @@ class Steps:
         if features is not None:
             self._remember(batch.requests, features, verdict)
         outputs = self._commit(batch.requests, verdict, healthy, logits.unflatten(0, batch.tree.tokens.shape), stats)
-        if self.proposer.ngrams is not None and batch.guesses is not None:
-            self.proposer.ngrams.learn(batch.guesses, [output.token_ids for output in outputs])
+        if self.proposer.ngrams is not None and batch.drafts is not None:
+            self.proposer.ngrams.learn(batch.drafts, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
         return outputs
 
     def _draft(self, requests: list[Request], plan: Plan) -> list[Verification]:
         """Trees for the requests; of one node each when there is nothing worth drafting. On a CPU, trees of like sizes go together."""
-        if plan.shape.nodes > 1:
+        if plan.shape.nodes > 1 and plan.shape.depth > 0:
             self.proposer.begin(requests)
         shape = plan.shape if self.graphs else _allowed(requests, plan.shape)
-        guesses = self.proposer.look_up(requests, shape)
+        drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, shape.nodes)
+        guesses = Candidates.of(drafts)
         reach = max(shape.depth, guesses.depth if guesses else 0)
         options, noise = self._sampling(requests, reach)
         tree = self.proposer.propose(requests, shape, options, noise, guesses)
         plan.levels = self.proposer.drafter.levels if self.proposer.drafter else 1
-        everyone = list(range(len(requests)))
         if self.graphs is None and not self.proposer.drafted(requests, tree):
-            return [self._plain(requests, shape, guesses and guesses.without_pool())]
-        groups = [everyone] if self.graphs is not None or self.device.type == "cuda" else by_width(tree)
+            return [self._plain(requests, drafts)]
+        groups = self._groups(tree)
         if len(groups) == 1:
-            return [self._verification(requests, tree, reach, options, noise, guesses, everyone)]
-        parts = []
-        for places in groups:
-            members, part = [requests[i] for i in places], narrowed(tree, places)
-            reach = int(part.depth.max())
-            parts.append(self._verification(members, part, reach, *self._sampling(members, reach), guesses and guesses.of(places), places))
-        return parts
+            return [self._verification(requests, tree, reach, options, noise, drafts, groups[0])]
+        return [self._part(requests, tree, drafts, places, places) for places in groups]
 
-    def _plain(self, requests: list[Request], shape: TreeShape, guesses: Candidates | None) -> Verification:
-        """The roots, and such guesses as cost nothing to make."""
-        reach = guesses.depth if guesses else 0
-        tree = text_tree(last_tokens(requests, self.device), shape, guesses)
-        return self._verification(requests, tree, reach, *self._sampling(requests, reach), guesses, None)
+    def _copy(self, requests: list[Request], plan: Plan) -> list[Verification]:
+        """Trees of what the requests' own texts propose, which costs nothing to make."""
+        drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, plan.shape.nodes)
+        tree = text_tree(last_tokens(requests, self.device), plan.shape, Candidates.of(drafts))
+        if tree.tokens.shape[1] == 1:
+            return [self._plain(requests, drafts)]
+        return [self._part(requests, tree, drafts, places, None) for places in self._groups(tree)]
+
+    def _groups(self, tree: Tree) -> list[list[int]]:
+        """The places of the batch whose trees go together."""
+        return [list(range(len(tree.tokens)))] if self.graphs is not None or self.device.type == "cuda" else by_width(tree)
+
+    def _part(
+        self, requests: list[Request], tree: Tree, drafts: list[Draft] | None, group: list[int], places: list[int] | None
+    ) -> Verification:
+        """The ``group`` of the batch; ``places`` as in ``Verification``."""
+        members, part = [requests[i] for i in group], narrowed(tree, group)
+        reach = int(part.depth.max())
+        own = [drafts[i] for i in group] if drafts else None
+        return self._verification(members, part, reach, *self._sampling(members, reach), own, places)
+
+    def _plain(self, requests: list[Request], drafts: list[Draft] | None) -> Verification:
+        """The roots alone; ``drafts`` are not verified, and yet it is learned whether they would have come true."""
+        tree = root_only(last_tokens(requests, self.device))
+        return self._verification(requests, tree, 0, *self._sampling(requests, 0), drafts, None)
 
     def _sampling(self, requests: list[Request], reach: int) -> tuple[SamplingBatch, Noise | None]:
         """Options of the requests, and the noise of trees of depth ``reach``."""
@@ -191,7 +206,7 @@ class Steps:
         return batch_options(requests, vocab_size, self.device), batch_noise(requests, reach + 1, vocab_size, self.device)
 
     def _verification(
-        self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None,
+        self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None,
         places: list[int] | None,
     ) -> Verification:  # fmt: skip
         tree, options = constrain(requests, widened(tree) if self.graphs else tree, options, self.target.vocab_size)
@@ -202,7 +217,7 @@ class Steps:
             live = None
         tables = self.pool.tables[table_rows(requests, self.device)]
         layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, live, self.pool.block_size, max_context)
-        return Verification(requests, tree, reach, options, noise, guesses, Rows(tree.tokens.clamp(min=0), layout), places)
+        return Verification(requests, tree, reach, options, noise, drafts, Rows(tree.tokens.clamp(min=0), layout), places)
 
     def _accept(self, batch: Verification, verdict: Verdict, plan: Plan, stats: StepStats) -> None:
         """Move what survived to the front of the cache, and learn from it."""
@@ -217,8 +232,9 @@ class Steps:
                 stats.drafts.append((drafted, accepted))
                 if batch.places is not None:
                     plan.drafts.append((request, drafted, accepted))
+        stats.tree_nodes = max(stats.tree_nodes, batch.tree.tokens.shape[1])
         if batch.places is not None:
-            stats.draft_levels, stats.tree_nodes = plan.levels, max(stats.tree_nodes, batch.tree.tokens.shape[1])
+            stats.draft_levels = plan.levels
             self.proposer.learn(batch.requests, batch.places, verdict)
 
     def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:

@@ -28,7 +28,9 @@ def test_cost_of_a_step() -> None:
 
 
 def true_cost(batch: int, shape: TreeShape) -> float:
-    return 1e-3 * (1 if shape.nodes == 1 else 1.2 + 0.3 * (shape.depth - 1) + 0.01 * batch * shape.nodes)
+    if shape.nodes == 1 or shape.depth == 0:
+        return 1e-3 * (1 if shape.nodes == 1 else 1.05 + 0.01 * batch * (shape.nodes - 1))
+    return 1e-3 * (1.2 + 0.3 * (shape.depth - 1) + 0.01 * batch * shape.nodes)
 
 
 def true_sync(batch: int, rows: int) -> float:
@@ -45,7 +47,7 @@ def test_measuring_finds_the_parts_of_the_cost() -> None:
     costs = measure_costs(run, true_sync, SHAPE, 6)
     assert sorted(costs) == [1, 2, 4, 6]
     for batch, cost in costs.items():
-        assert cost == pytest.approx(StepCost(1e-3, 1.2e-3 + true_sync(batch, 1), 0.3e-3, 0.01e-3 * batch, 0.02e-3))
+        assert cost == pytest.approx(StepCost(1e-3, 1.2e-3 + true_sync(batch, 1), 0.3e-3, 0.01e-3 * batch, 0.02e-3, 0.05e-3))
         assert cost.tree(3, 8) == pytest.approx(true_cost(batch, TreeShape(8, 3, 4)) + true_sync(batch, 1))
     assert all(ran.count((1, shape)) == MAX_TURNS for _, shape in ran)
     assert all(shape.lookahead <= SHAPE.lookahead for _, shape in ran)

@@ -1,6 +1,7 @@
 """The load rule: less drafting under load, none where it does not pay, and it learns."""
 
 import itertools
+import math
 import random
 from collections import Counter as Tally
 from collections.abc import Callable
@@ -10,9 +11,10 @@ import torch
 
 from kernels.best_nodes import best_nodes
 from server.engine import budget
-from server.engine.budget import FreeDraftRule, LoadRule, default_acceptance
+from server.engine.budget import LoadRule, default_acceptance
 from server.engine.costs import StepCost, measure_costs
 from server.engine.drafter import TreeShape, _worthwhile
+from server.engine.ngram import LONGEST, Draft
 from server.engine.request import WARMEST, Request
 from server.engine.types import SamplingParams
 from tests.engine.engines import byte_tokenizer
@@ -262,12 +264,62 @@ def test_what_is_known_of_large_trees_is_expected_of_small_ones_in_proportion() 
     assert len(rule.choose(easy).drafting) == 8
 
 
-def test_free_drafts_are_always_looked_up() -> None:
-    cost = StepCost(plain=1.0, base=1.1, level=0.0, node=0.05)
-    plan = FreeDraftRule(SHAPE, {1: cost, 4: cost}, ACCEPTANCE).choose([*crowd(3), request("x", limit=0)])
-    assert len(plan.drafting) == 3
-    assert plan.shape.level_price == pytest.approx(budget.START_GAIN * 4 * 1.15 - 4)
-    assert plan.shape.node_price == pytest.approx(budget.START_GAIN * 0.05)
+def guess(*rates: float) -> Draft:
+    """A chain of guesses of a request's own text, each of which comes true at such a rate if its parent did."""
+    draft, score = Draft(), 0.0
+    for node, rate in enumerate(rates):
+        score += math.log(rate)
+        draft.add(node, 0, score, (0, LONGEST, 0))
+    return draft
+
+
+def test_texts_are_verified_where_they_pay_together() -> None:
+    rule = LoadRule(SHAPE, {4: StepCost(1.0, 1.0, 0.0, 0.2, text=0.3)}, ACCEPTANCE, head=False)
+    requests = crowd(4)
+
+    def copying(*guesses: Draft) -> tuple[list[str], int]:
+        plan = rule.choose(requests, list(guesses))
+        assert not plan.drafting
+        assert plan.guesses_of(requests) == list(guesses)
+        return [r.request_id for r in plan.copying], plan.copies
+
+    none = guess()
+    assert copying(guess(0.9, 0.9, 0.9), guess(0.9), none, none) == (["0", "1"], 4), "1.84 times the tokens, in 1.5 times the time"
+    assert copying(guess(0.9, 0.9, 0.9, 0.2), guess(0.9), none, guess(0.1)) == (["0", "1"], 4), "a node must bring 0.22 tokens"
+    assert copying(guess(0.9), guess(0.9), none, none) == ([], 0), "1.45 times the tokens, in 1.4 times the time"
+    assert copying(none, none, none, none) == ([], 0)
+
+
+def test_the_head_drafts_where_it_brings_more_than_the_text() -> None:
+    costs = {batch: StepCost(1.0, 1.05, 0.01, 0.01 * batch) for batch in (1, 2)}
+    sure, doubtful = guess(*[0.99] * 5), guess(0.4)
+    for batch, guesses, drafting, copying in (
+        (1, [doubtful], ["0"], []), (1, [sure], [], ["0"]), (2, [sure, doubtful], ["1"], ["0"]), (2, [doubtful] * 2, ["0", "1"], []),
+    ):  # fmt: skip
+        plan = experienced(SHAPE, costs, ACCEPTANCE).choose(crowd(batch), guesses)
+        assert [r.request_id for r in plan.drafting] == drafting
+        assert [r.request_id for r in plan.copying] == copying
+        assert plan.gain > 1.5
+
+
+def test_a_text_is_copied_while_the_head_rests() -> None:
+    rule, requests = experienced(SHAPE, {1: StepCost(1.0, 40.0, 1.0, 0.01)}, ACCEPTANCE), crowd(1)
+    plans = [rule.choose(requests, [guess(0.9, 0.9)]) for _ in range(12)]
+    assert all(plan.copying == requests and not plan.drafting for plan in plans)
+
+
+def test_clocks_know_what_texts_cost() -> None:
+    """Steps that take as long as the model says tell nothing of the head, whatever the texts add."""
+    rule, requests = experienced(SHAPE, {1: StepCost(1.0, 1.2, 0.05, 0.02, text=0.5)}, ACCEPTANCE), crowd(1)
+    kinds = set()
+    for step in range(400):
+        plan = rule.choose(requests, [guess(*[0.95] * 5) if step % 3 == 0 else guess()])
+        kinds.add((bool(plan.drafting), bool(plan.copying)))
+        plan.levels, plan.drafts = 3, [(r, 8, 3) for r in plan.drafting]
+        text = 0.5 + 0.02 * plan.copies if plan.copies else 0.0
+        rule.observe(plan, 1.0 + (0.22 + 0.1 + 0.02 * 8 if plan.drafting else 0.0) + text)
+    assert len(kinds) == 3
+    assert abs(rule._bias[1]) < 0.02
 
 
 def test_default_acceptance_grows_slowly() -> None:

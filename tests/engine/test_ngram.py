@@ -12,13 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from server.engine.budget import FreeDraftRule, Plan
+from server.engine.budget import LoadRule, Plan
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig
 from server.engine.costs import StepCost
-from server.engine.drafter import TreeShape
 from server.engine.engine import DEFAULT_SIGMA, Engine
-from server.engine.ngram import BRANCHES, LONGEST, OCCURRENCES, SHORTEST, Draft, NgramIndex, Ngrams, Rates
+from server.engine.ngram import BRANCHES, LONGEST, OCCURRENCES, SHORTEST, Candidates, Draft, NgramIndex, Ngrams, Rates
 from server.engine.pool import Pool, best_tree, limited, merge
 from server.engine.request import Request
 from server.engine.types import SamplingParams
@@ -89,10 +88,9 @@ def paths(tokens: Sequence[int], parents: Sequence[int], scores: Sequence[float]
 
 @given(texts, st.integers(2, 20), st.sampled_from([0, 1, 5, None]))
 def test_a_draft_is_a_tree_of_what_followed(ids: list[int], nodes: int, limit: int | None) -> None:
-    found = Ngrams().find([request(ids, replace(BASE, max_draft_nodes=limit))], nodes)
-    assert (found.pool is None) == (not by_search(ids) or limit == 0)
-    if found.pool is None:
-        assert found.depth == 0
+    found = Candidates.of(Ngrams().find([request(ids, replace(BASE, max_draft_nodes=limit))], nodes))
+    assert (found is None) == (not by_search(ids) or limit == 0)
+    if found is None:
         return
     scores, tokens, parents = (part[0].tolist() for part in found.pool)
     scored = paths(tokens, parents, scores)
@@ -105,7 +103,7 @@ def test_a_draft_is_a_tree_of_what_followed(ids: list[int], nodes: int, limit: i
 
 
 def test_the_longest_and_newest_match_comes_first() -> None:
-    draft = Ngrams().find([request([1, 2, 3, 50, 2, 3, 51, 9, 2, 3, 52, 1, 2, 3])], 16).drafts[0]
+    draft = Ngrams().find([request([1, 2, 3, 50, 2, 3, 51, 9, 2, 3, 52, 1, 2, 3])], 16)[0]
     first = [draft.tokens[node - 1] for node in draft.children[0].values()]
     assert first == [50, 52, 51], "three tokens match, then the newest of two"
     scores = [draft.scores[node - 1] for node in draft.children[0].values()]
@@ -121,9 +119,9 @@ def test_a_text_that_repeats_itself_is_drafted_to_the_end_of_the_tree() -> None:
     ngrams.rates = rates
     for period in (1, 2, 3):
         ids = [7, 8, 9][:period] * 4
-        found = ngrams.find([request(ids, replace(BASE, temperature=0.0))], 16)
-        assert found.depth == 15
-        assert found.drafts[0].tokens == [*ids, *ids, *ids, *ids][:15]
+        draft = ngrams.find([request(ids, replace(BASE, temperature=0.0))], 16)[0]
+        assert draft.depth == 15
+        assert draft.tokens == [*ids, *ids, *ids, *ids][:15]
 
 
 def test_rates_meet_the_truth_and_stay_apart() -> None:
@@ -226,7 +224,7 @@ class Prophet(Ngrams):
         super().__init__()
         self.futures, self.rng = futures, random.Random(0)
 
-    def _draft(self, request: Request, limit: int, matches: bool) -> Draft:
+    def _draft(self, request: Request, limit: int) -> Draft:
         draft, truth = Draft(), self.futures[request.request_id][len(request.token_ids) :]
         for _ in range(2):
             path = [token if self.rng.random() < 0.85 else self.rng.randrange(256) for token in truth[:limit]]
@@ -296,19 +294,10 @@ def test_a_failing_lookup_only_costs_the_draft(model: PreTrainedModel, expected:
 # The load rule
 
 
-def test_a_tree_must_bring_more_than_it_costs() -> None:
-    cheap, dear = StepCost(1.0, 1.0, 0.0, 0.01), StepCost(1.0, 3.0, 0.0, 0.5)
-    for cost, worth in ((cheap, True), (dear, False)):
-        requests = [request([5, 6, 7, 8] * 4, replace(BASE, temperature=0.0))] * 4
-        shape = FreeDraftRule(TreeShape(16, 1, 1), {4: cost}, {1: 1.0, 16: 1.0}).choose(requests).shape
-        assert shape.nodes == 16, "the decision waits for the trees"
-        found = Ngrams().find(requests, 16)
-        assert (found.worthwhile(shape.level_price, shape.node_price).pool is not None) == worth
-
-
 def test_the_rule_measures_and_keeps_the_text(model: PreTrainedModel, expected: list[list[int]]) -> None:
     engine = build(model, draft=NGRAM, load_rule=True, max_num_seqs=4)
-    assert isinstance(engine.load_rule, FreeDraftRule)
+    assert engine.load_rule is not None
+    assert not engine.load_rule.head
     assert set(engine.load_rule.costs) == {1, 2, 4}
     assert type(engine.proposer.ngrams) is Ngrams, "what stood in for the measurement is gone"
     assert [result.token_ids for result in run(engine, REQUESTS)] == expected
@@ -317,7 +306,7 @@ def test_the_rule_measures_and_keeps_the_text(model: PreTrainedModel, expected: 
 def test_rates_are_learned_while_no_tree_pays(model: PreTrainedModel, expected: list[list[int]]) -> None:
     """So a text that begins to repeat itself is drafted at once when it pays."""
     engine = build(model, draft=NGRAM)
-    engine.load_rule = FreeDraftRule(engine.shape, {8: StepCost(1.0, 1e9, 0.0, 0.0)}, {1: 1.0})
+    engine.load_rule = LoadRule(engine.shape, {8: StepCost(1.0, 1e9, 0.0, 0.0, text=1e9)}, {1: 1.0}, head=False)
     results = run(engine, REQUESTS)
     assert [result.token_ids for result in results] == expected
     assert sum(result.speculation.num_steps for result in results) == 0
