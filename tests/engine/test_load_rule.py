@@ -291,7 +291,7 @@ def test_texts_are_verified_where_they_pay_together() -> None:
 
 
 def test_the_head_drafts_where_it_brings_more_than_the_text() -> None:
-    costs = {batch: StepCost(1.0, 1.05, 0.01, 0.01 * batch) for batch in (1, 2)}
+    costs = {batch: StepCost(1.0, 1.02, 0.01, 0.005 * batch) for batch in (1, 2)}
     sure, doubtful = guess(*[0.99] * 5), guess(0.4)
     for batch, guesses, drafting, copying in (
         (1, [doubtful], ["0"], []), (1, [sure], [], ["0"]), (2, [sure, doubtful], ["1"], ["0"]), (2, [doubtful] * 2, ["0", "1"], []),
