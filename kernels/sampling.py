@@ -52,7 +52,7 @@ class Allowed(NamedTuple):
 class SamplingBatch(NamedTuple):
     """The options of all requests of a batch. A field is None where no request of the batch uses it, and then costs nothing."""
 
-    temperature: Tensor  # float32 [B], 1 where the request is greedy
+    temperature: Tensor | None  # float32 [B], 1 where the request is greedy
     filters: Filters | None
     penalties: Penalties | None
     bias: Bias | None
@@ -78,7 +78,8 @@ def apply_options(logits: Tensor, options: SamplingBatch, tokens: Tensor, depth:
         logits = _forbid(logits, options.allowed)
     if options.penalties is not None:
         logits = _penalise(logits, options.penalties, tokens, ancestors)
-    logits = logits / options.temperature[:, None, None]
+    if options.temperature is not None:
+        logits = logits / options.temperature[:, None, None]
     return logits if options.filters is None else apply_filters(logits, options.filters)
 
 
@@ -142,7 +143,7 @@ class TreePointers(NamedTuple):
 class OptionPointers(NamedTuple):
     """What the kernels read of a ``SamplingBatch``: one value per request or per (request, token); None for unused parts."""
 
-    temperature: Tensor  # float32 [B]
+    temperature: Tensor | None  # float32 [B]
     filters: Filters | None
     bias: Tensor | None  # float32 [B, V]
     banned: Tensor | None  # int8 [B, V]
@@ -157,10 +158,13 @@ class OptionPointers(NamedTuple):
     allowed_width: int
 
     @classmethod
-    def of(cls, options: SamplingBatch, vocab_size: int) -> OptionPointers:
-        """Bias and bans become dense, [B, V]: a tile of the vocabulary then reads them once for all nodes of its request."""
+    def of(cls, options: SamplingBatch, logits: Tensor) -> OptionPointers:
+        """Bias and bans become dense, [B, V]: a tile of the vocabulary then reads them once for all nodes of its request.
+
+        logits [B, N, V]: what they will be applied to.
+        """
         bias = banned = None
-        batch, device = len(options.temperature), options.temperature.device
+        batch, vocab_size, device = logits.shape[0], logits.shape[2], logits.device
         if options.bias is not None:
             bias = torch.zeros(batch, vocab_size, device=device).scatter_add_(1, options.bias.ids, options.bias.values.float())
         if options.bans is not None:
@@ -219,4 +223,6 @@ def adjust(
         penalised = tl.where(logits > 0, logits / factor, logits * factor)
         logits = tl.where((counts > 0) | (in_prompt != 0), penalised, logits)
         logits = logits - tl.load(options.frequency + b) * counts - tl.where(counts > 0, tl.load(options.presence + b), 0.0)
-    return logits * (1.0 / tl.load(options.temperature + b))
+    if options.temperature is not None:
+        logits = logits * (1.0 / tl.load(options.temperature + b))
+    return logits

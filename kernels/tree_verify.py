@@ -32,7 +32,7 @@ def _select(
         drawn = noise.values.flatten(0, 1).index_select(0, (first[:, None] + depth).flatten())  # whole rows, one memcpy each
         scores = drawn.view_as(scores).add_(scores)
     # On a CPU torch's argmax takes ten times as long as numpy's. Both take a NaN for the largest value, and of equal ones the first.
-    best = scores.argmax(-1) if scores.is_cuda else torch.from_numpy(scores.numpy().argmax(-1))
+    best = scores.argmax(-1) if scores.is_cuda else torch.from_numpy(scores.detach().numpy().argmax(-1))
     return best, scores.gather(2, best[:, :, None]).squeeze(2)
 
 
@@ -185,7 +185,7 @@ def tree_verify_triton(
     device = logits.device
     tokens, parent, depth, ancestors = (part.contiguous() for part in (tokens, parent, depth, ancestors))
     tree = TreePointers(tokens, parent, depth, nodes)
-    pointers = OptionPointers.of(options, vocab)
+    pointers = OptionPointers.of(options, logits)
     cuts = filter_cuts_triton(logits, pointers, tree)
     # What a program keeps per token beside the scores takes registers.
     kept = sum(part is not None for part in (noise, pointers.bias, pointers.banned, pointers.counts))

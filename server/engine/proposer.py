@@ -134,6 +134,8 @@ class Proposer:
     ) -> Tree:
         """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
         roots = last_tokens(requests, self.device)
+        if self.drafter is not None:
+            self.drafter.guesses = None
         if shape.nodes == 1:
             return root_only(roots)
         try:
@@ -150,8 +152,6 @@ class Proposer:
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
             self.failed += 1
-            if self.drafter is not None:
-                self.drafter.guesses = None
             return root_only(roots)
 
     def _temperature(self, requests: list[Request]) -> Tensor:

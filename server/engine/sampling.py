@@ -30,7 +30,9 @@ def batch_options(requests: list[Request], vocab_size: int, device: torch.device
     if any(p.logit_bias for p in params):
         ids = _padded([list(p.logit_bias) for p in params], 0, device)
         bias = Bias(ids, _padded([list(p.logit_bias.values()) for p in params], 0.0, device))
-    temperature = column([1.0 if p.greedy else p.temperature for p in params])
+    temperatures = [1.0 if p.greedy else p.temperature for p in params]
+    neutral = device.type == "cpu" and all(value == 1.0 for value in temperatures)  # elsewhere graphs are recorded once for all of them
+    temperature = None if neutral else column(temperatures)
     return SamplingBatch(temperature, filters, penalties, bias, _bans(requests, device))
 
 

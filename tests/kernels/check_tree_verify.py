@@ -48,7 +48,8 @@ def random_options(rng: random.Random, batch: int, vocab: int, parts: str, nodes
         generator = torch.Generator().manual_seed(rng.randrange(2**31))
         words = torch.randint(-(2**31), 2**31, (batch, nodes, -(-vocab // 32)), generator=generator)
         allowed = Allowed(rows, (words | 1 << rng.randrange(min(vocab, 32))).int())
-    return SamplingBatch(column([0.3, 0.7, 1.7], 1.0), filters, penalties, bias, bans, allowed)
+    temperature = column([0.3, 0.7, 1.7], 1.0) if rng.random() < 0.8 else None
+    return SamplingBatch(temperature, filters, penalties, bias, bans, allowed)
 
 
 def to_device(value: object, device: str) -> object:
@@ -144,7 +145,7 @@ def check_filter_cuts(seed: int, vocab: int, dtype: torch.dtype, device: str) ->
     logits[1, 1, vocab // 3] = -1e30
     logits = logits.to(device)
     index = torch.zeros(batch, nodes, dtype=torch.long, device=device)
-    cuts = filter_cuts_triton(logits, OptionPointers.of(options, vocab), TreePointers(index, index, index, nodes))
+    cuts = filter_cuts_triton(logits, OptionPointers.of(options, logits), TreePointers(index, index, index, nodes))
     assert cuts is not None
     kept = logits.float() >= cuts[:, :, None]
     x = logits.double()

@@ -146,6 +146,16 @@ def test_neutral_rows_do_not_notice_the_options_of_others(part: str, dtype: torc
     assert torch.equal(expected.float(), ours.float())
 
 
+def test_without_temperatures_all_are_1() -> None:
+    logits = torch.randn(2, 3, VOCAB, generator=torch.Generator().manual_seed(0))
+    ancestors, depth = words([[0, 0, 1]] * 2)
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    none, ones = (
+        SamplingBatch(t, Filters(torch.tensor([3, 5]), torch.ones(2), torch.zeros(2)), None, None, None) for t in (None, torch.ones(2))
+    )
+    assert torch.equal(apply_options(logits, none, tokens, depth, ancestors), apply_options(logits, ones, tokens, depth, ancestors))
+
+
 @pytest.mark.parametrize("scale", [0.0, 0.01, 1.0, 30.0])
 def test_neutral_filters_keep_every_token_of_a_large_vocabulary(scale: float) -> None:
     """Rounding in the running sum of 150,000 probabilities must not remove what nobody asked to remove."""
