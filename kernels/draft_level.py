@@ -179,7 +179,7 @@ def draft_level_triton(
     """``draft_level`` in three kernels, four where a request filters."""
     batch, rows, vocab = logits.shape
     device = logits.device
-    pointers = OptionPointers.of(_of_draft(options, target_ids), vocab)
+    pointers = OptionPointers.of(_of_draft(options, target_ids), logits)
     tree = TreePointers(None, None, None, rows)
     if pointers.banned is not None or pointers.counts is not None:
         # A tree of roots: no row has a drafted ancestor to count.
