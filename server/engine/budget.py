@@ -28,6 +28,7 @@ _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, fo
 _COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
 _OWN, _SHARED = 0.16, 0.05  # weight of what is new in an estimate of a request or of trees, and in one of a class of requests
 _FADING = 0.005  # of an idle request's own estimate, per step, towards its class's
+LOOKUP_SECONDS, LOOKUP_SHARE = 8e-6, 0.003  # of one request's text, and of a plain step: the most that lookups in vain may take
 _REST = 7  # steps that a decision against drafting holds while the batch stays the same: it takes up to a fiftieth of a plain step
 
 
@@ -70,6 +71,9 @@ class _Text(NamedTuple):
     nodes: int
 
 
+NOTHING = _Text(0.0, 0)
+
+
 class LoadRule:
     """Decides at every step who drafts, and what a level and a node must be worth.
 
@@ -99,6 +103,7 @@ class LoadRule:
         self._interval, self._since_probe = PROBE, 0
         self._drafting = 0  # steps in a row, since it was expected to pay
         self._rest, self._batch = 0, 0  # further steps that such a batch decodes plainly
+        self._unread = 0  # further steps in which no text is looked up
         self._bias: defaultdict[int, float] = defaultdict(float)  # by batch size: logarithm of drafting steps' seconds over the model's
         self._recent: deque[tuple[tuple[int, bool], float]] = deque(maxlen=NEIGHBOURS)  # the same of single steps
 
@@ -106,7 +111,7 @@ class LoadRule:
         """Who of the step's requests drafts, with the largest tree and its prices; ``guesses``: what their texts propose."""
         batch, plain = len(requests), self.costs[self._measured(len(requests))].plain
         texts = self._texts(requests, guesses)
-        tokens, copies = (sum(column) for column in zip(*texts.values(), strict=True))
+        tokens, copies = _sum(texts)
         speed = (batch + tokens) / (plain + self._text_seconds(batch, copies))
         chosen: list[Request] = []
         gain = speed * plain / batch
@@ -123,9 +128,16 @@ class LoadRule:
         plan = Plan(self._priced(batch, speed, level), chosen, gain, batch, rows=sum(r.num_pending - 1 for r in chosen))
         if guesses is not None:
             plan.guesses = {request.request_id: draft for request, draft in zip(requests, guesses, strict=True)}
-            plan.copying = [r for r in requests if texts[r.request_id].nodes and r not in chosen]
+            plan.copying = [r for r in requests if r.request_id in texts and r not in chosen]
             plan.copies = sum(texts[r.request_id].nodes for r in plan.copying)
         return plan
+
+    def looks_up(self, requests: list[Request]) -> bool:
+        """Whether it is time to look what texts propose: as long as that is nothing, it takes LOOKUP_SHARE of plain steps' time at most."""
+        if self._unread and not any(request.matcher for request in requests):
+            self._unread -= 1
+            return False
+        return True
 
     def _resting(self, requests: list[Request]) -> bool:
         """Whether an earlier decision against drafting still holds."""
@@ -136,16 +148,22 @@ class LoadRule:
         return True
 
     def _texts(self, requests: list[Request], guesses: list[Draft] | None) -> dict[str, _Text]:
-        """What every request gains by nodes of its own text that are worth their price; nothing where they do not pay together."""
-        batch, cost = len(requests), self.costs[self._measured(len(requests))]
-        none = {request.request_id: _Text(0.0, 0) for request in requests}
+        """What requests gain by nodes of their own texts that are worth their price; nothing where they do not pay together."""
         if guesses is None:
-            return none
-        price = START_GAIN * cost.node / cost.plain
-        texts = {request.request_id: _Text(*draft.worth(price)) for request, draft in zip(requests, guesses, strict=True)}
-        tokens, nodes = (sum(column) for column in zip(*texts.values(), strict=True))
+            return {}
+        batch, cost = len(requests), self.costs[self._measured(len(requests))]
+        price = self.text_price(batch)
+        found = ((r.request_id, _Text(*draft.worth(price))) for r, draft in zip(requests, guesses, strict=True) if draft.tokens)
+        texts = {name: text for name, text in found if text.nodes}
+        tokens, nodes = _sum(texts)
         pays = (batch + tokens) * cost.plain >= START_GAIN * batch * (cost.plain + self._text_seconds(batch, nodes))
-        return texts if nodes and pays else none
+        self._unread = 0 if nodes and pays else int(LOOKUP_SECONDS * batch / (LOOKUP_SHARE * cost.plain))
+        return texts if pays else {}
+
+    def text_price(self, batch: int) -> float:
+        """Tokens that a node of a request's own text must bring."""
+        cost = self.costs[self._measured(batch)]
+        return START_GAIN * cost.node / cost.plain
 
     def _text_seconds(self, batch: int, nodes: int) -> float:
         """What a step takes longer for so many nodes of texts in all."""
@@ -154,7 +172,7 @@ class LoadRule:
 
     def _advantage(self, request: Request, texts: dict[str, _Text]) -> float:
         """Of the head's trees over what the request's text proposes, in tokens."""
-        return self._worth_of(request) * self._sizes[self._batches[0], request.warmth].gain - texts[request.request_id].tokens
+        return self._worth_of(request) * self._sizes[self._batches[0], request.warmth].gain - texts.get(request.request_id, NOTHING).tokens
 
     def usual(self, nodes: int) -> float:
         """Drafted tokens that trees of so many nodes have accepted where the figures known beforehand were measured."""
@@ -167,9 +185,9 @@ class LoadRule:
     def _best(self, able: list[Request], batch: int, speed: float, texts: dict[str, _Text]) -> tuple[int, float]:
         """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
         best, worth, late = 0, 0.0, 0.0
-        tokens, copies = (sum(column) for column in zip(*texts.values(), strict=True))
+        tokens, copies = _sum(texts)
         for count, request in enumerate(able, 1):
-            size, text = self._sizes[self._kind_of(able, count)], texts[request.request_id]
+            size, text = self._sizes[self._kind_of(able, count)], texts.get(request.request_id, NOTHING)
             worth, late = worth + self._worth_of(request), late + self._late(request)
             tokens, copies = tokens - text.tokens, copies - text.nodes
             accepted = min(worth * size.gain, size.nodes * count)
@@ -276,6 +294,10 @@ class LoadRule:
     def _measured(self, batch: int) -> int:
         """The measured batch size that stands for ``batch``: the next larger one."""
         return self._batches[min(bisect_left(self._batches, batch), len(self._batches) - 1)]
+
+
+def _sum(texts: Mapping[str, _Text]) -> _Text:
+    return _Text(sum(text.tokens for text in texts.values()), sum(text.nodes for text in texts.values()))
 
 
 def default_acceptance(nodes: int) -> dict[int, float]:

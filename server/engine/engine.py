@@ -170,8 +170,10 @@ class Engine:
     def _plan(self, decoding: list[Request]) -> Plan:
         """Who may draft in this step, and how much."""
         if self.load_rule and decoding:
-            # Where graphs are replayed, texts are looked up while the device works.
-            return self.load_rule.choose(decoding, None if self.steps.graphs else self.proposer.look_up(decoding, self.shape.nodes))
+            if self.steps.graphs or not self.load_rule.looks_up(decoding):  # with graphs they are looked up while the device works
+                return self.load_rule.choose(decoding)
+            price = self.load_rule.text_price(len(decoding))
+            return self.load_rule.choose(decoding, self.proposer.look_up(decoding, self.shape.nodes, price))
         return Plan(self.shape, [request for request in decoding if request.max_draft_nodes > 0])
 
     def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:

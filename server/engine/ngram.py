@@ -15,6 +15,7 @@ SHORTEST, LONGEST = 2, 8  # tokens of a match; longer ones are as good as LONGES
 OCCURRENCES = 16  # that are compared, the newest ones
 FOLLOWED = 4  # of them, the longest matches
 BRANCHES = 3  # children of a node
+LEARNING = 8  # lookups of which one is for learning
 DEMANDED = LONGEST + 1  # in place of a match's length: a grammar allows no other text
 LOW, HIGH = 0.01, 0.99  # of a rate
 _FLOOR = math.log(0.02)  # below this probability of survival a path is not followed further
@@ -85,16 +86,20 @@ class Draft:
         self.children[parent][token] = len(self.tokens)
         return len(self.tokens)
 
-    def follow(self, path: Sequence[int], length: int, warmth: int, rates: Rates) -> None:
-        """Add what is new of ``path``, which followed a match of ``length`` tokens. Every right guess makes the match longer."""
+    def follow(self, path: Sequence[int], length: int, warmth: int, rates: Rates, price: float = 0.0) -> None:
+        """Add what is new of ``path``, which followed a match of ``length`` tokens. Every right guess makes the match longer.
+
+        ``price``: probability of survival that a node must have.
+        """
         node, score = 0, 0.0
         for depth, token in enumerate(path, 1):
             below = self.children[node].get(token)
             if below is None:
                 kind = (warmth, min(length + depth - 1, LONGEST), len(self.children[node]))
-                if kind[2] == BRANCHES or score < _FLOOR:
+                survival = math.exp(score) * rates[kind]
+                if kind[2] == BRANCHES or score < _FLOOR or survival < price:
                     return
-                below = self.add(node, token, score + math.log(rates[kind]), kind)
+                below = self.add(node, token, math.log(survival), kind)
                 self.depth = max(self.depth, depth)
             node, score = below, self.scores[below - 1]
 
@@ -141,22 +146,32 @@ class Ngrams:
 
     def __init__(self) -> None:
         self.rates = Rates()
+        self._lookups = 0
 
-    def find(self, requests: Sequence["Request"], nodes: int) -> list[Draft]:
-        """Guesses for trees of ``nodes`` nodes, root included."""
-        return [self._draft(request, min(nodes - 1, request.max_draft_nodes)) for request in requests]
+    def find(self, requests: Sequence["Request"], nodes: int, price: float = 0.0) -> list[Draft]:
+        """Guesses for trees of ``nodes`` nodes, root included, whose survival is as likely as ``price``.
 
-    def _draft(self, request: "Request", limit: int) -> Draft:
-        draft, ids = Draft(), request.token_ids
-        if limit > 0:
-            if request.matcher is not None:
-                draft.demand(request.matcher.demanded()[:limit], request.warmth, self.rates)
-            for length, place in request.ngrams.matches(ids)[:FOLLOWED]:
-                path = ids[place : place + limit]
-                while len(path) < limit:  # the match overlaps what follows it: the text repeats itself
-                    path += path[: limit - len(path)]
-                draft.follow(path, length, request.warmth, self.rates)
-            draft.keep(limit)
+        One lookup in LEARNING looks at no price: rates that are too low for it may rise.
+        """
+        self._lookups += 1
+        price = price if self._lookups % LEARNING else 0.0
+        return [self._draft(request, min(nodes - 1, request.max_draft_nodes), price) for request in requests]
+
+    def _draft(self, request: "Request", limit: int, price: float) -> Draft:
+        ids, warmth = request.token_ids, request.warmth
+        hopeless = self.rates[warmth, LONGEST, 0] < price
+        matches = [] if limit <= 0 or hopeless else request.ngrams.matches(ids)[:FOLLOWED]
+        draft = Draft()
+        if limit > 0 and request.matcher is not None:
+            draft.demand(request.matcher.demanded()[:limit], warmth, self.rates)
+        for length, place in matches:
+            if self.rates[warmth, min(length, LONGEST), 0] < price:
+                continue
+            path = ids[place : place + limit]
+            while len(path) < limit:  # the match overlaps what follows it: the text repeats itself
+                path += path[: limit - len(path)]
+            draft.follow(path, length, warmth, self.rates, price)
+        draft.keep(limit)
         return draft
 
     def learn(self, drafts: Sequence[Draft], committed: Sequence[Sequence[int]]) -> None:
@@ -174,7 +189,7 @@ class Ngrams:
 class FullDrafts(Ngrams):
     """Stands in while step costs are measured: guesses as many as a tree holds, whatever the text."""
 
-    def _draft(self, request: "Request", limit: int) -> Draft:
+    def _draft(self, request: "Request", limit: int, price: float) -> Draft:
         draft = Draft()
         for node in range(limit):
             draft.add(node, 0, 0.0, (0, LONGEST, 0))

@@ -119,12 +119,14 @@ class Proposer:
             most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
             self.sync_draft([request for request in requests if request.num_pending > most])
 
-    def look_up(self, requests: list[Request], nodes: int) -> list[Draft] | None:
-        """What the requests' own texts propose for trees of ``nodes`` nodes; None when nothing is to be drafted, or when it fails."""
+    def look_up(self, requests: list[Request], nodes: int, price: float = 0.0) -> list[Draft] | None:
+        """What the requests' own texts propose for trees of ``nodes`` nodes that are worth ``price`` each; None when nothing is to be
+        drafted, or when it fails.
+        """
         if self.ngrams is None or nodes == 1:
             return None
         try:
-            return self.ngrams.find(requests, nodes)
+            return self.ngrams.find(requests, nodes, price)
         except Exception:
             logger.exception("looking up n-grams failed; this step drafts without them")
             return None

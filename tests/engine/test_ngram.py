@@ -224,7 +224,7 @@ class Prophet(Ngrams):
         super().__init__()
         self.futures, self.rng = futures, random.Random(0)
 
-    def _draft(self, request: Request, limit: int) -> Draft:
+    def _draft(self, request: Request, limit: int, price: float) -> Draft:
         draft, truth = Draft(), self.futures[request.request_id][len(request.token_ids) :]
         for _ in range(2):
             path = [token if self.rng.random() < 0.85 else self.rng.randrange(256) for token in truth[:limit]]
