@@ -1,6 +1,7 @@
 """Every option of the server, once: flag, environment variable, YAML key, default and help."""
 
 import math
+import os
 from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
@@ -86,10 +87,10 @@ class Settings(BaseSettings):
     draft_temperature: float | Literal["auto"] = Field(
         "auto", description="temperature at which nodes are ranked; auto takes the values calibrated for the head, or learns them"
     )
-    cost_cache: Path | None = Field(
-        None,
-        description="directory that keeps the measured costs of steps for the next start of the same model on the same machine; "
-        "not with CUDA graphs",
+    cost_cache: Literal["auto", "none"] | Path = Field(
+        "auto",
+        description="directory that keeps the measured costs of steps for later starts of the same model on the same machine, for a "
+        "week; auto: vsd-serve in the user's cache directory; none measures at every start, as with CUDA graphs",
     )
     cuda_graphs: CliImplicitFlag[bool] = Field(DEFAULTS.cuda_graphs, description="on a GPU, record what steps launch and replay it")
     block_size: int = Field(DEFAULTS.block_size, ge=1, le=1024, description="tokens in a block of the KV cache")
@@ -222,13 +223,18 @@ class Settings(BaseSettings):
             tree_depth=self.tree_depth,
             tree_topk=self.tree_topk,
             draft_temperature=None if self.draft_temperature == "auto" else self.draft_temperature,
-            cost_cache=self.cost_cache,
+            cost_cache=_user_cache() if self.cost_cache == "auto" else None if self.cost_cache == "none" else Path(self.cost_cache),
             cuda_graphs=self.cuda_graphs,
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,
             prefix_caching=self.prefix_caching,
             seed=self.seed,
         )
+
+
+def _user_cache() -> Path:
+    """As in the XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vsd-serve"
 
 
 def _is_loopback(host: str) -> bool:

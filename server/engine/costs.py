@@ -22,6 +22,7 @@ TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
 TREE_TURNS = 4  # of a kind of step whose graphs are recorded,
 RECORDING_SECONDS = 60.0  # within so much time,
 MAX_TREE_ROWS = 1024  # and for so many nodes of a batch, which on an H200 took as long as four plain steps (8 billion parameters)
+KEPT_SECONDS = 7 * 24 * 3600.0  # that a machine is taken to stay the same
 MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
 
 
@@ -121,7 +122,8 @@ def machine(device: torch.device) -> str:
 
 
 def kept_costs(directory: Path | None, key: str, measure: Callable[[], dict[int, StepCost]]) -> dict[int, StepCost]:
-    """What ``measure`` found at an earlier start for the same ``key``, from a file in ``directory``; else what it finds now, kept there.
+    """What ``measure`` found for the same ``key`` at a start in the last KEPT_SECONDS, from a file in ``directory``; else what it finds
+    now, kept there.
 
     A file that cannot be read or written costs a warning and a measurement. ``directory`` None keeps nothing.
     """
@@ -130,7 +132,7 @@ def kept_costs(directory: Path | None, key: str, measure: Callable[[], dict[int,
     named = hashlib.sha256(f"{StepCost._fields}: {key}".encode()).hexdigest()[:16]
     path = directory / f"step-costs-{named}.json"
     try:
-        if path.exists():
+        if path.exists() and time.time() - path.stat().st_mtime < KEPT_SECONDS:
             return {int(batch): StepCost(**parts) for batch, parts in json.loads(path.read_text())["costs"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         logger.warning("the step costs in %s cannot be read and are measured anew: %s", path, error)

@@ -1,10 +1,12 @@
 """What steps cost: measured in parts, and kept for the next start."""
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 
-from server.engine.costs import MAX_TURNS, StepCost, kept_costs, measure_costs, powers_of_two
+from server.engine.costs import KEPT_SECONDS, MAX_TURNS, StepCost, kept_costs, measure_costs, powers_of_two
 from server.engine.drafter import TreeShape
 from tests.engine.engines import build, random_head, tiny_model
 
@@ -77,6 +79,14 @@ def test_costs_are_kept_for_the_next_start(tmp_path: Path) -> None:
     assert kept_costs(tmp_path / "new", "a model", lambda: next(found)) == first == steps(0.1, 0.05)
     assert kept_costs(tmp_path / "new", "another", lambda: next(found)) == steps(0.2, 0.1)
     assert kept_costs(None, "a model", lambda: next(found)) == steps(0.3, 0.2)
+
+
+def test_old_costs_are_measured_anew(tmp_path: Path) -> None:
+    kept_costs(tmp_path, "a model", lambda: steps(0.1, 0.05))
+    [file] = tmp_path.iterdir()
+    for age, costs in ((KEPT_SECONDS - 60, steps(0.1, 0.05)), (KEPT_SECONDS + 60, steps(0.2, 0.1))):
+        os.utime(file, (time.time() - age,) * 2)
+        assert kept_costs(tmp_path, "a model", lambda: steps(0.2, 0.1)) == costs
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"costs": {"1": {"plain": 1}}}', '{"costs": {"x": {}}}', b"\xff"])

@@ -1,6 +1,7 @@
 """Options: where they come from, which are refused, what the engine gets."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def _no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults_serve_the_demo_pair() -> None:
     settings = load_settings([])
-    assert settings.engine_config() == EngineConfig()
+    assert replace(settings.engine_config(), cost_cache=None) == EngineConfig()
     assert settings.model_name == "vsd-demo"
     assert (settings.host, settings.port, settings.api_key) == ("127.0.0.1", 8000, None)
     assert (settings.max_queued_requests, settings.max_queued_tokens, settings.max_logprobs) == (512, None, 20)
@@ -79,6 +80,20 @@ def test_every_option_reaches_the_engine() -> None:
         draft_temperature=0.5, ngrams=False, block_size=32, kv_cache_memory=2**20,
         prefix_caching=False, cost_cache=Path("c"), cuda_graphs=False, seed=-1,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "home", "directory"),
+    [
+        ([], "/cache", Path("/cache/vsd-serve")),
+        ([], "", Path.home() / ".cache" / "vsd-serve"),
+        (["--cost-cache", "none"], "/cache", None),
+        (["--cost-cache", "auto/x"], "/cache", Path("auto/x")),
+    ],
+)
+def test_where_costs_are_kept(argv: list[str], home: str, directory: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    assert load_settings(argv).engine_config().cost_cache == directory
 
 
 def test_times() -> None:
