@@ -46,6 +46,11 @@ class PackedLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether the processor does, by oneDNN."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @torch.no_grad()
 def pack_for_trees(model: nn.Module) -> None:
     """Give the matrices on a CPU that gain by it a copy that oneDNN reads.
@@ -70,7 +75,7 @@ def _gains(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.untyped_storage().nbytes() != weight.nbytes:
         return False
     if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return multiplies_bfloat16()
     return weight.dtype == torch.float32 and weight.numel() >= PACKED_ENTRIES
 
 

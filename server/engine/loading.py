@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from drafts.checkpoint import DraftError, load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
 from server.engine.config import NGRAM, EngineConfig, EngineError
-from server.engine.cpu_layout import pack_for_trees, quantize_draft, store_transposed
+from server.engine.cpu_layout import multiplies_bfloat16, pack_for_trees, quantize_draft, store_transposed
 from server.engine.lean import LEAN, LeanDecoder
 from server.engine.target import Target, refuse_unsupported, self_check
 from server.engine.threads import choose_threads
@@ -49,6 +49,8 @@ def load(config: EngineConfig, report: Report = lambda phase, percent: None) -> 
     refuse_unsupported(model_config)
     dtype = resolve_dtype(config.dtype, device, model_config)
     logger.info("loading %s as %s on %s", config.model, str(dtype).removeprefix("torch."), device)
+    if config.dtype == "auto" and dtype != getattr(model_config, "dtype", None) == torch.bfloat16 and multiplies_bfloat16():
+        logger.info("the checkpoint is bfloat16, which this processor multiplies natively: --dtype bfloat16 is faster, and rounds more")
     report("loading the weights", 5)
     try:
         model = AutoModelForCausalLM.from_pretrained(

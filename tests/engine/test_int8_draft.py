@@ -20,6 +20,15 @@ def test_products_are_close() -> None:
     assert (found - expected).abs().max() < 0.03 * expected.abs().max()
 
 
+def test_other_types_go_in_and_come_out() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64).bfloat16(), torch.randn(2, 5, 64).bfloat16()
+    found = Int8Linear(weight)(x)
+    assert found.dtype == torch.bfloat16
+    expected = x.float() @ weight.float().t()
+    assert (found.float() - expected).abs().max() < 0.03 * expected.abs().max()
+
+
 def test_rows_do_not_meet() -> None:
     torch.manual_seed(0)
     layer, x = Int8Linear(torch.randn(96, 64)), torch.randn(5, 64) * torch.tensor([1e-3, 1.0, 50.0, 0.3, 7.0])[:, None]
@@ -54,10 +63,15 @@ def test_the_text_stays(temperature: float) -> None:
     assert all(result.speculation.num_draft_tokens > 0 for result in results)
 
 
-def test_other_types_stay_as_they_are() -> None:
-    head = random_head(tiny_model("llama")).to(torch.bfloat16)
-    quantize_draft(head)
-    assert isinstance(head.lm_head, torch.nn.Linear)
+def test_what_is_read_in_eight_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of bfloat16 matrices the large ones alone, of float16 none."""
+    names = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
+    for dtype, large in ((torch.float32, names), (torch.bfloat16, ("lm_head",)), (torch.float16, ())):
+        head = random_head(tiny_model("llama")).to(dtype)
+        monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", head.lm_head.weight.numel())
+        assert all(getattr(head, name).weight.numel() < cpu_layout.PACKED_ENTRIES for name in names[:-1])
+        quantize_draft(head)
+        assert tuple(name for name in names if isinstance(getattr(head, name), Int8Linear)) == large
 
 
 def test_a_torch_without_the_operation(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -53,5 +53,6 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
     for inference in (False, True):  # with and without the possibility of a gradient
         with torch.inference_mode(inference):
             torch.testing.assert_close(rms_norm(x, weight, 1e-5), expected)
-    half = x.bfloat16()
-    torch.testing.assert_close(rms_norm(half, weight.bfloat16(), 1e-5).float(), expected, atol=0.1, rtol=0.02)
+            half = rms_norm(x.bfloat16(), weight.bfloat16(), 1e-5)
+            assert half.dtype == torch.bfloat16
+            torch.testing.assert_close(half.float(), expected, atol=0.1, rtol=0.02)

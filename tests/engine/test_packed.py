@@ -1,11 +1,15 @@
 """Packed copies give the same products and are made of whole, large matrices alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
 from server.engine import cpu_layout
-from server.engine.cpu_layout import PackedLinear, pack_for_trees
+from server.engine.config import EngineConfig
+from server.engine.cpu_layout import PackedLinear, multiplies_bfloat16, pack_for_trees
+from server.engine.engine import Engine
 from server.engine.lean import LEAN, LeanDecoder
 from server.engine.target import decoder_layers, self_check
 from server.engine.types import SamplingParams
@@ -22,6 +26,31 @@ def test_products_are_the_same(bias: bool) -> None:
         x = torch.randn(1, rows, 640)
         torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
     assert packed.weight is linear.weight
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor does not multiply bfloat16")
+def test_bfloat16_products_are_close_with_any_number_of_rows() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(640, 512).bfloat16().requires_grad_(False)
+    packed = PackedLinear(linear)
+    for rows in (1, 2, 7, 40):
+        x = torch.randn(1, rows, 640).bfloat16()
+        exact = x.float() @ linear.weight.float().t() + linear.bias.float()
+        torch.testing.assert_close(packed(x).float(), exact, atol=0.02, rtol=0.01)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor does not multiply bfloat16")
+def test_a_bfloat16_pair_is_packed_whatever_its_size_and_decodes(demo: Path) -> None:
+    config = EngineConfig(str(demo / "target"), str(demo / "vsd"), "cpu", "bfloat16", max_num_seqs=3, load_rule=False)
+    engine = Engine.from_config(config)
+    decoder, drafter = engine.steps.target.decoder, engine.proposer.drafter
+    assert isinstance(decoder, LeanDecoder)
+    assert drafter is not None
+    assert all(isinstance(part, PackedLinear) for part in (decoder.layers[0].qkv, decoder.lm_head, drafter.head.fc, drafter.head.o_proj))
+    requests = [([5 + i, 7, 9], SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)) for i in range(3)]
+    results = run(engine, requests)
+    assert [len(result.token_ids) for result in results] == [24] * 3
+    assert all(result.speculation.num_accepted_tokens > 0 for result in results)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
