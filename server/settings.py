@@ -232,9 +232,12 @@ class Settings(BaseSettings):
         )
 
 
-def _user_cache() -> Path:
-    """As in the XDG base directory specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vsd-serve"
+def _user_cache() -> Path | None:
+    """As in the XDG base directory specification; None for a user without a home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vsd-serve"
+    except RuntimeError:
+        return None
 
 
 def _is_loopback(host: str) -> bool:

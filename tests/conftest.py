@@ -14,7 +14,8 @@ except ModuleNotFoundError:  # the tests for a GPU do without
     settings = None
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="vsd-serve-tests-")  # where servers keep what they measured
+CACHE = tempfile.TemporaryDirectory(prefix="vsd-serve-tests-")  # where servers keep what they measured
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", THREADS)))
 if settings is not None:

@@ -12,6 +12,7 @@ from server.engine.costs import StepCost, powers_of_two
 from server.engine.drafter import TreeShape
 from server.engine.ngram import Draft
 from server.engine.request import WARMEST, Request
+from server.engine.texts import NOTHING, Text, TextRule, total
 
 START_GAIN = 1.1  # expected speed-up over plain decoding from which on requests draft: estimates err by as much
 STOP_GAIN = 1.0  # and below which they stop: a run of bad luck is not yet a reason
@@ -28,7 +29,6 @@ _UNKNOWN_GAIN_PER_DOUBLING = 0.4  # accepted tokens per doubling of the tree, fo
 _COOLING = 0.3  # share of the first estimate that each class of warmer requests loses: it is known at temperature 0
 _OWN, _SHARED = 0.16, 0.05  # weight of what is new in an estimate of a request or of trees, and in one of a class of requests
 _FADING = 0.005  # of an idle request's own estimate, per step, towards its class's
-LOOKUP_SECONDS, LOOKUP_SHARE = 8e-6, 0.003  # of one request's text, and of a plain step: the most that lookups in vain may take
 _REST = 7  # steps that a decision against drafting holds while the batch stays the same: it takes up to a fiftieth of a plain step
 
 
@@ -36,9 +36,9 @@ _REST = 7  # steps that a decision against drafting holds while the batch stays 
 class Plan:
     """What one step of ``batch`` requests may draft, for whom, and what became of it.
 
-    ``copying``: requests that have trees of what their own texts propose, ``copies`` nodes in all; ``guesses``: what was looked up, by
-    request id, None where nothing was. Of those that the head drafts for, ``rows``: that their draft caches are behind, but for one each;
-    ``levels`` that trees were grown by; ``drafts``: (request, drafted nodes, accepted nodes) of those that had a tree.
+    ``copying``: requests that have trees of what their own texts propose; ``guesses``: what was looked up, by request id, None where
+    nothing was. Of those that the head drafts for, ``rows``: that their draft caches are behind, but for one each; ``levels`` that trees
+    were grown by; ``drafts``: (request, drafted nodes, accepted nodes) of those that had a tree.
     """
 
     shape: TreeShape
@@ -46,14 +46,15 @@ class Plan:
     gain: float = 1.0  # tokens per second over those of plain decoding, as expected
     batch: int = 0
     copying: list[Request] = field(default_factory=list)
-    copies: int = 0
     guesses: dict[str, Draft] | None = None
     rows: int = 0
     levels: int = 0
     drafts: list[tuple[Request, int, int]] = field(default_factory=list)
 
     def guesses_of(self, requests: list[Request]) -> list[Draft] | None:
-        return None if self.guesses is None else [self.guesses[request.request_id] for request in requests]
+        """None where one of them has none: the plan was made without it."""
+        found = [self.guesses.get(request.request_id) for request in requests] if self.guesses else [None]
+        return None if None in found else found  # type: ignore[return-value]
 
 
 class _Size(NamedTuple):
@@ -62,16 +63,6 @@ class _Size(NamedTuple):
     levels: float
     nodes: float  # drafted ones of a request
     gain: float  # accepted tokens of a request, if it accepted what the figures known beforehand say
-
-
-class _Text(NamedTuple):
-    """Tokens that nodes of a request's own text are expected to bring, and how many nodes they are."""
-
-    tokens: float
-    nodes: int
-
-
-NOTHING = _Text(0.0, 0)
 
 
 class LoadRule:
@@ -103,41 +94,46 @@ class LoadRule:
         self._interval, self._since_probe = PROBE, 0
         self._drafting = 0  # steps in a row, since it was expected to pay
         self._rest, self._batch = 0, 0  # further steps that such a batch decodes plainly
-        self._unread = 0  # further steps in which no text is looked up
+        self._texts = TextRule(START_GAIN)
         self._bias: defaultdict[int, float] = defaultdict(float)  # by batch size: logarithm of drafting steps' seconds over the model's
         self._recent: deque[tuple[tuple[int, bool], float]] = deque(maxlen=NEIGHBOURS)  # the same of single steps
 
+    def lookup_price(self, requests: list[Request]) -> float | None:
+        """Tokens that a node of a request's text must bring in the next step; None where texts are not to be looked up for it."""
+        return self._texts.price(len(requests), self._cost(len(requests)), requests)
+
     def choose(self, requests: list[Request], guesses: list[Draft] | None = None) -> Plan:
-        """Who of the step's requests drafts, with the largest tree and its prices; ``guesses``: what their texts propose."""
-        batch, plain = len(requests), self.costs[self._measured(len(requests))].plain
-        texts = self._texts(requests, guesses)
-        tokens, copies = _sum(texts)
-        speed = (batch + tokens) / (plain + self._text_seconds(batch, copies))
+        """Who of the step's requests drafts, with the largest tree and its prices; ``guesses``: what their texts propose, if looked up."""
+        batch, cost = len(requests), self._cost(len(requests))
+        texts = {} if guesses is None else self._texts.gains(requests, guesses, cost)
+        tokens, nodes = total(texts)
+        speed = (batch + tokens) / (cost.plain + self._texts.seconds(batch, cost, nodes))
         chosen: list[Request] = []
-        gain = speed * plain / batch
+        left_out: list[Request] = []
         if self.head and not self._resting(requests):
             able = sorted((r for r in requests if r.max_draft_nodes > 0), key=lambda r: self._advantage(r, texts), reverse=True)
             best, faster = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * speed, texts)
-            self._drafting = self._drafting + 1 if best else 0
-            speed, gain = (faster, faster * plain / batch) if best else (speed, gain)
-            every = CHECK if gain > DOUBT else DOUBTFUL_CHECK
-            check = self._drafting % every == every - 1 or self._drafting in FIRST_CHECKS
-            chosen = [] if check else self._trusted(able[:best], batch) + self._probe(able[best:])
-            self._rest, self._batch = 0 if best or chosen else _REST, batch
-        level = self.costs[self._measured(len(chosen))].level if chosen else 0.0
-        plan = Plan(self._priced(batch, speed, level), chosen, gain, batch, rows=sum(r.num_pending - 1 for r in chosen))
+            speed = faster if best else speed
+            if best or not texts:  # a text that is better for once says nothing of the head
+                self._drafting = self._drafting + 1 if best else 0
+            if best and self._checks(speed * cost.plain / batch):
+                left_out = able[:best]
+            else:
+                chosen = self._trusted(able[:best], batch) + self._probe(able[best:])
+            self._rest, self._batch = 0 if best or chosen or texts else _REST, batch
+        level = self._cost(len(chosen)).level if chosen else 0.0
+        plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, batch)
+        plan.rows = sum(r.num_pending - 1 for r in chosen)
         if guesses is not None:
+            others = {r.request_id for r in chosen + left_out}
             plan.guesses = {request.request_id: draft for request, draft in zip(requests, guesses, strict=True)}
-            plan.copying = [r for r in requests if r.request_id in texts and r not in chosen]
-            plan.copies = sum(texts[r.request_id].nodes for r in plan.copying)
+            plan.copying = [r for r in requests if r.request_id in texts and r.request_id not in others]
         return plan
 
-    def looks_up(self, requests: list[Request]) -> bool:
-        """Whether it is time to look what texts propose: as long as that is nothing, it takes LOOKUP_SHARE of plain steps' time at most."""
-        if self._unread and not any(request.matcher for request in requests):
-            self._unread -= 1
-            return False
-        return True
+    def _checks(self, gain: float) -> bool:
+        """Whether those that should draft decode plainly in this step, so that clocks can compare."""
+        every = CHECK if gain > DOUBT else DOUBTFUL_CHECK
+        return self._drafting % every == every - 1 or self._drafting in FIRST_CHECKS
 
     def _resting(self, requests: list[Request]) -> bool:
         """Whether an earlier decision against drafting still holds."""
@@ -147,30 +143,7 @@ class LoadRule:
         self._rest, self._since_probe = self._rest - 1, self._since_probe + 1
         return True
 
-    def _texts(self, requests: list[Request], guesses: list[Draft] | None) -> dict[str, _Text]:
-        """What requests gain by nodes of their own texts that are worth their price; nothing where they do not pay together."""
-        if guesses is None:
-            return {}
-        batch, cost = len(requests), self.costs[self._measured(len(requests))]
-        price = self.text_price(batch)
-        found = ((r.request_id, _Text(*draft.worth(price))) for r, draft in zip(requests, guesses, strict=True) if draft.tokens)
-        texts = {name: text for name, text in found if text.nodes}
-        tokens, nodes = _sum(texts)
-        pays = (batch + tokens) * cost.plain >= START_GAIN * batch * (cost.plain + self._text_seconds(batch, nodes))
-        self._unread = 0 if nodes and pays else int(LOOKUP_SECONDS * batch / (LOOKUP_SHARE * cost.plain))
-        return texts if pays else {}
-
-    def text_price(self, batch: int) -> float:
-        """Tokens that a node of a request's own text must bring."""
-        cost = self.costs[self._measured(batch)]
-        return START_GAIN * cost.node / cost.plain
-
-    def _text_seconds(self, batch: int, nodes: int) -> float:
-        """What a step takes longer for so many nodes of texts in all."""
-        cost = self.costs[self._measured(batch)]
-        return cost.text + cost.node / batch * nodes if nodes else 0.0
-
-    def _advantage(self, request: Request, texts: dict[str, _Text]) -> float:
+    def _advantage(self, request: Request, texts: dict[str, Text]) -> float:
         """Of the head's trees over what the request's text proposes, in tokens."""
         return self._worth_of(request) * self._sizes[self._batches[0], request.warmth].gain - texts.get(request.request_id, NOTHING).tokens
 
@@ -182,16 +155,16 @@ class LoadRule:
         """The largest tree at prices of ``speed`` tokens per second; ``level``: seconds of one."""
         return self.shape._replace(level_price=speed * level, node_price=speed * self.costs[self._measured(batch)].node / batch)
 
-    def _best(self, able: list[Request], batch: int, speed: float, texts: dict[str, _Text]) -> tuple[int, float]:
+    def _best(self, able: list[Request], batch: int, speed: float, texts: dict[str, Text]) -> tuple[int, float]:
         """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
         best, worth, late = 0, 0.0, 0.0
-        tokens, copies = _sum(texts)
+        tokens, nodes = total(texts)
         for count, request in enumerate(able, 1):
             size, text = self._sizes[self._kind_of(able, count)], texts.get(request.request_id, NOTHING)
             worth, late = worth + self._worth_of(request), late + self._late(request)
-            tokens, copies = tokens - text.tokens, copies - text.nodes
+            tokens, nodes = tokens - text.tokens, nodes - text.nodes
             accepted = min(worth * size.gain, size.nodes * count)
-            seconds = self._seconds(batch, count, size, accepted + late) + self._text_seconds(batch, copies)
+            seconds = self._seconds(batch, count, size, accepted + late) + self._texts.seconds(batch, self._cost(batch), nodes)
             faster = (batch + tokens + accepted) / seconds
             if faster > speed:
                 best, speed = count, faster
@@ -226,17 +199,19 @@ class LoadRule:
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
         """Learn from a step; ``seconds`` None where it had other work as well."""
-        size, text = self._measured(plan.batch), self._text_seconds(plan.batch, plan.copies)
+        size = self._measured(plan.batch)
+        if plan.copying:
+            seconds = None  # which says as much of the texts
         if not plan.drafting:
             if seconds is not None and plan.batch:
-                self._compare(size, False, math.log(seconds / (self.costs[size].plain + text)))
+                self._compare(size, False, math.log(seconds / self.costs[size].plain))
             return
         count = len(plan.drafting)
         kind = self._kind_of(plan.drafting, count)
         gains = [self.usual(1 + drafted) for _, drafted, _ in plan.drafts]
         new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
         if seconds is not None and 4 * count >= plan.batch:  # else it says more of the others
-            self._compare(size, True, math.log(seconds / (self._seconds(plan.batch, count, new, plan.rows) + text)))
+            self._compare(size, True, math.log(seconds / self._seconds(plan.batch, count, new, plan.rows)))
         tree = self._sizes[kind] = _Size(*(old + (now - old) * _OWN for old, now in zip(self._sizes[kind], new, strict=True)))
         for fewer in self._batches[: self._batches.index(kind[0])]:
             if self._sizes[fewer, kind[1]].nodes < tree.nodes:  # which fewer requests can afford as well
@@ -291,13 +266,12 @@ class LoadRule:
         model = cost.plain + draft + cost.node / batch * size.nodes * drafting
         return model * math.exp(self._bias[self._measured(batch)])
 
+    def _cost(self, batch: int) -> StepCost:
+        return self.costs[self._measured(batch)]
+
     def _measured(self, batch: int) -> int:
         """The measured batch size that stands for ``batch``: the next larger one."""
         return self._batches[min(bisect_left(self._batches, batch), len(self._batches) - 1)]
-
-
-def _sum(texts: Mapping[str, _Text]) -> _Text:
-    return _Text(sum(text.tokens for text in texts.values()), sum(text.nodes for text in texts.values()))
 
 
 def default_acceptance(nodes: int) -> dict[int, float]:

@@ -99,7 +99,8 @@ def cost_of_trees(seconds: Mapping[int, float]) -> StepCost:
     """The parts of what ``measure_trees`` timed at one batch size; trees whose drafting is part of it have no levels of their own."""
     nodes = max(seconds)
     node = (seconds[nodes] - seconds[2]) / (nodes - 2) if nodes > 2 else 0.0
-    return StepCost(seconds[1], seconds.get(2, 1e9) - 2 * node, 0.0, node)
+    base = seconds.get(2, 1e9) - 2 * node
+    return StepCost(seconds[1], base, 0.0, node, text=max(0.0, base + node - seconds[1]))
 
 
 def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:
@@ -116,9 +117,19 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        processor = f"{platform.processor() or platform.machine()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        processor = f"{_processor()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
         name = f"{processor}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    """The model's name where Linux tells it, which platform does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def kept_costs(directory: Path | None, key: str, measure: Callable[[], dict[int, StepCost]]) -> dict[int, StepCost]:

@@ -31,7 +31,7 @@ def store_transposed(model: nn.Module) -> None:
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer with a second copy of its weight in oneDNN's blocks, for more than one row."""
+    """A linear layer with a second copy of its weight in oneDNN's blocks, for more than one row where the weight is float32."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -47,8 +47,8 @@ class PackedLinear(nn.Linear):
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor does, by oneDNN."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether the processor does, not only oneDNN in its place."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @torch.no_grad()
@@ -59,11 +59,11 @@ def pack_for_trees(model: nn.Module) -> None:
     where the processor has that: any number of rows takes 0.7 of the time of the plain layout, which oneDNN reorders at every call.
     Nothing changes where the copies would take more than half of the free memory, or torch has no oneDNN.
     """
-    large = [m for m in model.modules() if type(m) is nn.Linear and _gains(m.weight)]
+    gaining = [m for m in model.modules() if type(m) is nn.Linear and _gains(m.weight)]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not torch.backends.mkldnn.is_available() or 2 * sum(linear.weight.nbytes for linear in large) > free:
+    if not torch.backends.mkldnn.is_available() or 2 * sum(linear.weight.nbytes for linear in gaining) > free:
         return
-    packed = {linear: PackedLinear(linear) for linear in large}
+    packed = {linear: PackedLinear(linear) for linear in gaining}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in packed:
@@ -75,7 +75,7 @@ def _gains(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.untyped_storage().nbytes() != weight.nbytes:
         return False
     if weight.dtype == torch.bfloat16:
-        return multiplies_bfloat16()
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32 and weight.numel() >= PACKED_ENTRIES
 
 

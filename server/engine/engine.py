@@ -170,10 +170,10 @@ class Engine:
     def _plan(self, decoding: list[Request]) -> Plan:
         """Who may draft in this step, and how much."""
         if self.load_rule and decoding:
-            if self.steps.graphs or not self.load_rule.looks_up(decoding):  # with graphs they are looked up while the device works
-                return self.load_rule.choose(decoding)
-            price = self.load_rule.text_price(len(decoding))
-            return self.load_rule.choose(decoding, self.proposer.look_up(decoding, self.shape.nodes, price))
+            overlapped = self.steps.graphs is not None and self.load_rule.head  # then texts are looked up while the device works
+            price = None if overlapped else self.load_rule.lookup_price(decoding)
+            guesses = None if price is None else self.proposer.look_up(decoding, self.shape.nodes, price)
+            return self.load_rule.choose(decoding, guesses)
         return Plan(self.shape, [request for request in decoding if request.max_draft_nodes > 0])
 
     def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:
@@ -262,6 +262,7 @@ class Engine:
             costs = {batch: cost_of_trees(of) for batch, of in seconds.items()}
         else:
             steps = f"{full}, prompts of {len(prompt)} and {params.max_tokens} tokens, batches up to {config.max_num_seqs}"
+            steps += f", blocks of {config.block_size}"
             what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
             costs = kept_costs(config.cost_cache, what, lambda: measure_costs(run, sync, full, config.max_num_seqs))
         self.shape, self.proposer.ngrams = full, None

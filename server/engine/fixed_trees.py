@@ -25,7 +25,7 @@ class FixedTreeRule(LoadRule):
         self._steps = {batch: dict(of) for batch, of in seconds.items()}
 
     def choose(self, requests: list[Request], guesses: list[Draft] | None = None) -> Plan:
-        """Of texts, what a grammar demands is verified where nothing else is."""
+        """Of texts alone, what a grammar demands is verified at any load; it is looked up later."""
         batch, steps = len(requests), self._steps[self._measured(len(requests))]
         able = [request for request in requests if request.max_draft_nodes > 0]
         worth = sum(map(self._worth_of, able))
@@ -50,7 +50,7 @@ class FixedTreeRule(LoadRule):
     def observe(self, plan: Plan, seconds: float | None) -> None:
         if plan.drafts:
             super().observe(plan, None)
-        if seconds is None or not plan.batch:
+        if seconds is None or not plan.batch or plan.copying:
             return
         steps, nodes = self._steps[self._measured(plan.batch)], plan.shape.nodes if plan.drafts else 1
         steps[nodes] += (min(seconds, _OUTLIER * steps[nodes]) - steps[nodes]) * _NEWS

@@ -111,6 +111,11 @@ class Draft:
             node = self.add(node, token, score, kind)
         self.depth = len(path)
 
+    @property
+    def demanded(self) -> bool:
+        """Whether it begins with what a grammar leaves no choice of."""
+        return bool(self.kinds) and self.kinds[0][1] == DEMANDED
+
     def worth(self, price: float) -> tuple[float, int]:
         """Tokens that the proposed nodes are expected to bring, and how many nodes they are; those alone that bring ``price`` each."""
         survival = [math.exp(score) for score in self.scores if score > -math.inf]
@@ -149,12 +154,13 @@ class Ngrams:
         self._lookups = 0
 
     def find(self, requests: Sequence["Request"], nodes: int, price: float = 0.0) -> list[Draft]:
-        """Guesses for trees of ``nodes`` nodes, root included, whose survival is as likely as ``price``.
+        """Guesses for trees of ``nodes`` nodes, root included, whose survival is as likely as ``price``; infinite: those alone that a
+        grammar demands.
 
         One lookup in LEARNING looks at no price: rates that are too low for it may rise.
         """
         self._lookups += 1
-        price = price if self._lookups % LEARNING else 0.0
+        price = 0.0 if price < math.inf and self._lookups % LEARNING == 0 else price
         return [self._draft(request, min(nodes - 1, request.max_draft_nodes), price) for request in requests]
 
     def _draft(self, request: "Request", limit: int, price: float) -> Draft:

@@ -132,17 +132,20 @@ class Proposer:
             return None
 
     def propose(
-        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None
+        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None
     ) -> Tree:
-        """The draft's trees; the roots alone when there is nothing to draft, or when drafting fails: a draft is never needed."""
+        """The draft's trees, with what texts propose (``drafts``); the roots alone when there is nothing to draft, or when drafting fails:
+        a draft is never needed.
+        """
         roots = last_tokens(requests, self.device)
         if self.drafter is not None:
             self.drafter.guesses = None
         if shape.nodes == 1:
             return root_only(roots)
         try:
+            guesses = Candidates.of(drafts)
             if self.drafter is None or shape.depth == 0:
-                return text_tree(roots, shape, guesses)
+                return _text_tree(roots, shape, guesses)
             self._sync_drafting(requests)
             lengths, max_context = context_lens(requests, self.device)
             rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
@@ -153,6 +156,18 @@ class Proposer:
             raise
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
+            self.failed += 1
+            return root_only(roots)
+
+    def copy(self, requests: list[Request], shape: TreeShape, drafts: list[Draft] | None) -> Tree:
+        """Trees of what the requests' own texts propose, the roots alone when that fails."""
+        roots = last_tokens(requests, self.device)
+        try:
+            return _text_tree(roots, shape, Candidates.of(drafts))
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("the drafts of the texts failed; this step decodes plainly")
             self.failed += 1
             return root_only(roots)
 
@@ -185,7 +200,7 @@ class Proposer:
         return on_device(limits, self.device) if min(limits) < shape.nodes - 1 else None
 
 
-def text_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:
+def _text_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:
     """Trees of the texts' own guesses alone."""
     if guesses is None:
         return root_only(roots)

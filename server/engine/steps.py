@@ -1,6 +1,7 @@
 """The device side of a step: prompt chunks, and draft -> verify -> commit for every decoding request, in one forward pass."""
 
 import logging
+import math
 from typing import NamedTuple
 
 import torch
@@ -20,9 +21,9 @@ from server.engine.graphs import Graphs
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
-from server.engine.ngram import Candidates, Draft
+from server.engine.ngram import Draft
 from server.engine.pool import by_width, narrowed, root_only, widened
-from server.engine.proposer import Proposer, text_tree
+from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
 from server.engine.target import Rows, Target
@@ -135,7 +136,7 @@ class Steps:
         drafting, copying = (set(map(id, chosen)) if plan.shape.nodes > 1 else set() for chosen in (plan.drafting, plan.copying))
         by_head = [request for request in requests if id(request) in drafting]
         by_text = [request for request in requests if id(request) in copying]
-        quiet = [request for request in requests if id(request) not in drafting | copying]
+        quiet = [request for request in requests if id(request) not in drafting and id(request) not in copying]
         return [
             *(self._draft(by_head, plan) if by_head else []),
             *(self._copy(by_text, plan) if by_text else []),
@@ -162,10 +163,9 @@ class Steps:
             self.proposer.begin(requests)
         shape = plan.shape if self.graphs else _allowed(requests, plan.shape)
         drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, shape.nodes)
-        guesses = Candidates.of(drafts)
-        reach = max(shape.depth, guesses.depth if guesses else 0)
+        reach = max([shape.depth, *(draft.depth for draft in drafts or ())])
         options, noise = self._sampling(requests, reach)
-        tree = self.proposer.propose(requests, shape, options, noise, guesses)
+        tree = self.proposer.propose(requests, shape, options, noise, drafts)
         plan.levels = self.proposer.drafter.levels if self.proposer.drafter else 1
         if self.graphs is None and not self.proposer.drafted(requests, tree):
             return [self._plain(requests, drafts)]
@@ -175,12 +175,16 @@ class Steps:
         return [self._part(requests, tree, drafts, places, places) for places in groups]
 
     def _copy(self, requests: list[Request], plan: Plan) -> list[Verification]:
-        """Trees of what the requests' own texts propose, which costs nothing to make."""
-        drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, plan.shape.nodes)
-        tree = text_tree(last_tokens(requests, self.device), plan.shape, Candidates.of(drafts))
+        """Trees of what the requests' own texts propose, which costs nothing to make; if the rule has not looked, what grammars demand."""
+        drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, plan.shape.nodes, math.inf)
+        tree = self.proposer.copy(requests, plan.shape, drafts)
         if tree.tokens.shape[1] == 1:
             return [self._plain(requests, drafts)]
-        return [self._part(requests, tree, drafts, places, None) for places in self._groups(tree)]
+        groups = self._groups(tree)
+        if len(groups) == 1:
+            reach = max(draft.depth for draft in drafts or ())
+            return [self._verification(requests, tree, reach, *self._sampling(requests, reach), drafts, None)]
+        return [self._part(requests, tree, drafts, places, None) for places in groups]
 
     def _groups(self, tree: Tree) -> list[list[int]]:
         """The places of the batch whose trees go together."""

@@ -163,14 +163,14 @@ def test_demanded_text_is_drafted(draft: str, temperature: float, model: PreTrai
     wanted = [run(build(model), [request])[0].token_ids for request in requests]
     engine = build(model, None if draft == "ngram" else random_head(model), tree_nodes=24, draft=draft)
     if draft == "quiet head":
-        monkeypatch.setattr(engine, "_plan", lambda requests: Plan(engine.shape, requests[:1]))
+        monkeypatch.setattr(engine, "_plan", lambda requests: Plan(engine.shape, requests[:1], copying=requests[1:]))
     free = [(prompt, replace(BASE, temperature=temperature)) for prompt in PROMPTS]
     *results, other = run(engine, requests + free[:1])
     assert other.token_ids == run(build(model), free[:1])[0].token_ids
     assert [result.token_ids for result in results] == wanted
     assert all(sentence in result.text for result in results)
     for result in results:
-        assert result.speculation.num_steps <= 2 + -(-len(sentence) // 12), "half a tree a step, at least"
+        assert 0 < result.speculation.num_steps <= 2 + -(-len(sentence) // 12), "half a tree a step, at least"
 
 
 @pytest.mark.parametrize("name", GRAMMARS)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from server.engine import engine as engine_module
-from server.engine.costs import measure_trees
+from server.engine.costs import StepCost, measure_trees
 from server.engine.drafter import TreeShape
 from server.engine.engine import Engine
 from server.engine.fixed_trees import FixedTreeRule
@@ -159,8 +159,12 @@ def test_ngrams_without_a_head(
 ) -> None:
     """Trees of any width are widened, so that few are recorded."""
     requests = [(prompt, SamplingParams(max_tokens=40, temperature=0)) for prompt in demo_prompts[::20]]
-    results = run(demo_engine(head=False, draft="ngram", max_num_seqs=4, load_rule=rule), requests)
+    engine = demo_engine(head=False, draft="ngram", max_num_seqs=4, load_rule=rule)
+    if engine.load_rule:
+        engine.load_rule.costs = dict.fromkeys(engine.load_rule.costs, StepCost(1.0, 1.0, 0.0, 0.01))  # what a machine has none of
+    results = run(engine, requests)
     assert recorded.count <= 3 * 5 + 3
+    assert sum(result.speculation.num_accepted_tokens for result in results) > 20
     monkeypatch.setattr(engine_module, "_graphs", lambda target, config: None)
     plain = run(demo_engine(head=False, max_num_seqs=4), requests)
     assert [result.token_ids for result in results] == [result.token_ids for result in plain]

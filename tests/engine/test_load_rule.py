@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from kernels.best_nodes import best_nodes
-from server.engine import budget
-from server.engine.budget import LoadRule, default_acceptance
+from server.engine import budget, texts
+from server.engine.budget import LoadRule, Plan, default_acceptance
 from server.engine.costs import StepCost, measure_costs
 from server.engine.drafter import TreeShape, _worthwhile
-from server.engine.ngram import LONGEST, Draft
+from server.engine.ngram import LONGEST, Draft, Rates
 from server.engine.request import WARMEST, Request
 from server.engine.types import SamplingParams
 from tests.engine.engines import byte_tokenizer
@@ -276,18 +276,36 @@ def guess(*rates: float) -> Draft:
 def test_texts_are_verified_where_they_pay_together() -> None:
     rule = LoadRule(SHAPE, {4: StepCost(1.0, 1.0, 0.0, 0.2, text=0.3)}, ACCEPTANCE, head=False)
     requests = crowd(4)
+    assert rule.lookup_price(requests) == pytest.approx(0.22)
 
-    def copying(*guesses: Draft) -> tuple[list[str], int]:
+    def copying(*guesses: Draft) -> list[str]:
         plan = rule.choose(requests, list(guesses))
         assert not plan.drafting
         assert plan.guesses_of(requests) == list(guesses)
-        return [r.request_id for r in plan.copying], plan.copies
+        return [r.request_id for r in plan.copying]
 
     none = guess()
-    assert copying(guess(0.9, 0.9, 0.9), guess(0.9), none, none) == (["0", "1"], 4), "1.84 times the tokens, in 1.5 times the time"
-    assert copying(guess(0.9, 0.9, 0.9, 0.2), guess(0.9), none, guess(0.1)) == (["0", "1"], 4), "a node must bring 0.22 tokens"
-    assert copying(guess(0.9), guess(0.9), none, none) == ([], 0), "1.45 times the tokens, in 1.4 times the time"
-    assert copying(none, none, none, none) == ([], 0)
+    assert copying(guess(0.9, 0.9, 0.9), guess(0.9), none, none) == ["0", "1"], "1.84 times the tokens, in 1.5 times the time"
+    assert copying(guess(0.9, 0.9, 0.9, 0.2), guess(0.9), none, guess(0.1)) == ["0", "1"], "a node must bring 0.22 tokens"
+    assert copying(guess(0.9), guess(0.9), none, none) == [], "1.45 times the tokens, in 1.4 times the time"
+    assert copying(none, none, none, none) == []
+
+
+def test_what_a_grammar_demands_need_not_pay() -> None:
+    rule = LoadRule(SHAPE, {4: StepCost(1.0, 1.0, 0.0, 0.2, text=3.0)}, ACCEPTANCE, head=False)
+    demanded = Draft()
+    demanded.demand([1, 2], 0, Rates())
+    plan = rule.choose(crowd(4), [guess(0.9, 0.9), demanded, guess(), guess()])
+    assert [r.request_id for r in plan.copying] == ["1"]
+
+
+def test_a_plan_says_nothing_of_requests_that_came_later() -> None:
+    """Such as one that finished its prompt while the step failed for another."""
+    guesses = [guess(0.9), guess()]
+    plan = LoadRule(SHAPE, machine(0.1, 0.05), ACCEPTANCE).choose(crowd(2), guesses)
+    assert plan.guesses_of(crowd(2)) == guesses
+    assert plan.guesses_of(crowd(3)) is None
+    assert Plan(SHAPE, []).guesses_of(crowd(1)) is None
 
 
 def test_the_head_drafts_where_it_brings_more_than_the_text() -> None:
@@ -302,23 +320,42 @@ def test_the_head_drafts_where_it_brings_more_than_the_text() -> None:
         assert plan.gain > 1.5
 
 
+def test_a_text_that_is_better_for_once_does_not_stop_the_head() -> None:
+    rule, requests = experienced(SHAPE, {1: StepCost(1.0, 1.02, 0.01, 0.005)}, ACCEPTANCE), crowd(1)
+    for step in range(5):
+        sure = step in (0, 3)
+        plan = rule.choose(requests, [guess(*[0.99] * 5) if sure else guess()])
+        assert (plan.copying, plan.drafting) == ((requests, []) if sure else ([], requests))
+
+
 def test_a_text_is_copied_while_the_head_rests() -> None:
     rule, requests = experienced(SHAPE, {1: StepCost(1.0, 40.0, 1.0, 0.01)}, ACCEPTANCE), crowd(1)
-    plans = [rule.choose(requests, [guess(0.9, 0.9)]) for _ in range(12)]
-    assert all(plan.copying == requests and not plan.drafting for plan in plans)
+    for step in range(12):
+        plan = rule.choose(requests, [guess(0.9, 0.9) if step % 3 else guess()])
+        assert (plan.copying, plan.drafting) == (requests if step % 3 else [], [])
 
 
-def test_clocks_know_what_texts_cost() -> None:
-    """Steps that take as long as the model says tell nothing of the head, whatever the texts add."""
+def test_texts_in_vain_are_looked_up_in_few_of_short_steps() -> None:
+    plain = texts.LOOKUP_SECONDS / texts.LOOKUP_SHARE  # of which a lookup for one request takes just the share
+    for batch, vain, between in ((1, True, 1), (4, True, 4), (4, False, 0)):
+        rule, requests = experienced(SHAPE, {batch: StepCost(plain, 40 * plain, plain, 0.01 * plain)}, ACCEPTANCE), crowd(batch)
+        looked = []
+        for _ in range(20):
+            looked.append(rule.lookup_price(requests) is not None)
+            rule.choose(requests, [guess() if vain else guess(0.9, 0.9)] * batch if looked[-1] else None)
+        assert looked == [step % (between + 1) == 0 for step in range(20)]
+
+
+def test_clocks_do_not_hear_steps_with_texts() -> None:
+    """They would say as much of the texts as of the head."""
     rule, requests = experienced(SHAPE, {1: StepCost(1.0, 1.2, 0.05, 0.02, text=0.5)}, ACCEPTANCE), crowd(1)
-    kinds = set()
+    kinds = Tally[tuple[bool, bool]]()
     for step in range(400):
         plan = rule.choose(requests, [guess(*[0.95] * 5) if step % 3 == 0 else guess()])
-        kinds.add((bool(plan.drafting), bool(plan.copying)))
+        kinds[bool(plan.drafting), bool(plan.copying)] += 1
         plan.levels, plan.drafts = 3, [(r, 8, 3) for r in plan.drafting]
-        text = 0.5 + 0.02 * plan.copies if plan.copies else 0.0
-        rule.observe(plan, 1.0 + (0.22 + 0.1 + 0.02 * 8 if plan.drafting else 0.0) + text)
-    assert len(kinds) == 3
+        rule.observe(plan, 10.0 if plan.copying else 1.48 if plan.drafting else 1.0)
+    assert min(kinds[True, False], kinds[False, True], kinds[False, False]) > 5
     assert abs(rule._bias[1]) < 0.02
 
 

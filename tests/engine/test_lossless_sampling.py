@@ -148,7 +148,9 @@ def test_all_options_in_one_batch(nodes: int, batch: int, model: PreTrainedModel
 def test_tree_sizes_that_change_every_step(
     group_rows: int, model: PreTrainedModel, expected: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the load rule may do at worst, with a real head: on, off, small, large; trees of every size of their own, or of like sizes."""
+    """What the load rule may do at worst, with a real head: on, off, small, large; trees of every size of their own, or of like sizes;
+    texts' own trees beside them, looked up before or not.
+    """
     monkeypatch.setattr("server.engine.pool.GROUP_ROWS", group_rows)
     engine = build(model, random_head(model), tree_nodes=33)
     full = engine.shape
@@ -157,12 +159,21 @@ def test_tree_sizes_that_change_every_step(
     steps = itertools.count()
 
     def plan(requests: list[Request]) -> Plan:
-        """Now all draft, now those of odd places."""
-        return Plan(next(shapes), requests[next(steps) % 2 :: 2] if next(steps) % 3 == 0 else requests)
+        """Now all draft, now those of odd places, while some of the others copy."""
+        step, shape = next(steps), next(shapes)
+        found = engine.proposer.look_up(requests, 33)
+        assert found is not None
+        guesses = {request.request_id: draft for request, draft in zip(requests, found, strict=True)} if step % 4 else None
+        drafting = requests[step % 2 :: 2] if step % 3 else requests
+        others = [request for request in requests if request not in drafting]
+        copied.update(request.request_id for request in others[::2])
+        return Plan(shape, drafting, copying=others[::2], guesses=guesses)
 
+    copied = set[str]()
     monkeypatch.setattr(engine, "_plan", plan)
     keys = [(name, i) for i in range(len(PROMPTS)) for name in OPTIONS]
     results = run(engine, [(PROMPTS[i], OPTIONS[name]) for name, i in keys])
+    assert len(copied) > 5
     for key, result in zip(keys, results, strict=True):
         check(result, expected[key], OPTIONS[key[0]])
 

@@ -17,7 +17,7 @@ from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig
 from server.engine.costs import StepCost
 from server.engine.engine import DEFAULT_SIGMA, Engine
-from server.engine.ngram import BRANCHES, LONGEST, OCCURRENCES, SHORTEST, Candidates, Draft, NgramIndex, Ngrams, Rates
+from server.engine.ngram import BRANCHES, LEARNING, LONGEST, OCCURRENCES, SHORTEST, Candidates, Draft, NgramIndex, Ngrams, Rates
 from server.engine.pool import Pool, best_tree, limited, merge
 from server.engine.request import Request
 from server.engine.types import SamplingParams
@@ -254,6 +254,41 @@ def test_sizes_that_change_every_step(model: PreTrainedModel, expected: list[lis
         shapes = [full, full.shrunk(1), full.shrunk(5), full._replace(level_price=1.0), full._replace(node_price=0.2)]
         monkeypatch.setattr(engine, "_plan", lambda requests, rng=rng, shapes=shapes: Plan(rng.choice(shapes), requests))
         assert [result.token_ids for result in run(engine, REQUESTS)] == expected
+
+
+@pytest.mark.parametrize("node_price", [0.0, 0.6, 1.5])
+def test_texts_beside_a_head_and_beside_nothing(
+    node_price: float, model: PreTrainedModel, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third request by the head, every third by what is known of its text, in trees of like sizes; at 1.5 no node is worth it."""
+    monkeypatch.setattr("server.engine.pool.GROUP_ROWS", 0)
+    engine = build(model, random_head(model), draft=NGRAM, tree_nodes=12)
+    futures = {str(i): prompt + text for i, ((prompt, _), text) in enumerate(zip(REQUESTS, expected, strict=True))}
+    engine.proposer.ngrams = Prophet(futures)
+
+    def plan(requests: list[Request]) -> Plan:
+        found = engine.proposer.look_up(requests, 12)
+        assert found is not None
+        guesses = {request.request_id: draft for request, draft in zip(requests, found, strict=True)}
+        return Plan(engine.shape._replace(node_price=node_price), requests[::3], copying=requests[1::3], guesses=guesses)
+
+    monkeypatch.setattr(engine, "_plan", plan)
+    results = run(engine, REQUESTS)
+    assert [result.token_ids for result in results] == expected
+    assert (sum(result.speculation.num_accepted_tokens for result in results[1::3]) > 0) == (node_price < 1)
+
+
+def test_a_price_leaves_out_what_is_not_worth_it_but_now_and_then() -> None:
+    ngrams = Ngrams()
+    asked = request([1, 2, 3, 4, 5, 1, 2], replace(BASE, temperature=0.0))
+    rate = ngrams.rates[0, 2, 0]
+    sizes = [
+        [len(ngrams.find([asked], 16, price)[0].tokens) for _ in range(2 * LEARNING)] for price in (0.0, 0.9 * rate, 1.1 * rate, math.inf)
+    ]
+    assert sizes[0] == [sizes[0][0]] * 2 * LEARNING
+    assert all(0 < few < sizes[0][0] for i, few in enumerate(sizes[1], 1) if i % LEARNING)
+    assert all(size == (0 if i % LEARNING else sizes[0][0]) for i, size in enumerate(sizes[2], 1))
+    assert sizes[3] == [0] * 2 * LEARNING, "nothing is demanded"
 
 
 def test_a_request_without_a_match_decodes_plainly(model: PreTrainedModel) -> None:

@@ -211,6 +211,22 @@ def test_tree_verify_names_the_requests_with_nan() -> None:
     assert tree_verify(logits, options, None, root, root, root, root + 1, 0)[3].tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("part", ["filters", "penalties", "bias", "bans"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_one_nan_is_found_in_any_node_whatever_the_options(part: str, sampled: bool) -> None:
+    row = {**NEUTRAL, "temperature": 0.7, "top_p": 0.5, "presence": 1.0, "bias": {1: 2.0}, "bans": [2], "until": 3}
+    full = as_batch([row] * 3, [[1, 2]] * 3, [[3]] * 3)
+    options = SamplingBatch(full.temperature, None, None, None, None)._replace(**{part: getattr(full, part)})
+    parent = torch.tensor([[0, 0, 1]] * 3)
+    ancestors, depth = words(parent.tolist())
+    seeds = torch.arange(3)
+    noise = Noise(NoiseKey(seeds, seeds, torch.ones(3, dtype=torch.bool)), 3, VOCAB) if sampled else None
+    logits = torch.randn(3, 3, VOCAB, generator=torch.Generator().manual_seed(0))
+    logits[0, 0, 4] = logits[2, 2, VOCAB - 1] = float("nan")
+    healthy = tree_verify(logits, options, noise, torch.ones_like(parent), parent, depth, ancestors, 2)[3]
+    assert healthy.tolist() == [False, True, False]
+
+
 @given(st.data(), st.sampled_from([0.05, 0.3, 0.7, 0.95, 0.999]))
 def test_top_p_treats_equal_probabilities_equally(data: st.DataObject, top_p: float) -> None:
     """A token stays exactly when less than ``top_p`` lies strictly above it, or when it is the best."""

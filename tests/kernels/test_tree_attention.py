@@ -1,6 +1,6 @@
 """Attention over the paged cache against plain softmax attention of every node over its own root path."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -158,3 +158,25 @@ def test_low_precision_stays_close(softcap: float | None) -> None:
 def test_physical_slots() -> None:
     tables = torch.tensor([[5, 2, 9]])
     assert physical_slots(tables, torch.tensor([[0, 3, 4, 7, 11]]), 4).tolist() == [[20, 23, 8, 11, 39]]
+
+
+@pytest.mark.parametrize("first", [1, 7])
+def test_blocks_that_follow_one_another_are_read_where_they_lie(first: int) -> None:
+    """Of a single request, with the bits that any other order of blocks gives."""
+    ancestors, depth = words([[0, 0, 1, 1]])
+    case = Case.make([9], depth, ancestors)
+    count = case.layout.num_blocks
+    k, v = (torch.full((20, *cache.shape[1:]), float("nan")) for cache in (case.k, case.v))
+    run = torch.arange(first, first + count)
+    for ours, cache in ((k, case.k), (v, case.v)):
+        ours[run] = cache[case.layout.block_tables[0, :count]]
+    layout = replace(case.layout, block_tables=run[None], _masks={})
+    assert (layout.only_run, replace(layout, block_tables=run.flip(0)[None], _masks={}).only_run) == (first, None)
+    assert replace(layout, block_tables=run.repeat(2, 1), _masks={}).only_run is None
+    expected = tree_attention(
+        case.q, case.k, case.v, replace(case.layout, block_tables=case.layout.block_tables.repeat(1, 1), _masks={}), SCALE
+    )
+    assert torch.equal(tree_attention(case.q, k, v, layout, SCALE), expected)
+    part = layout.part(2, 2, ancestors[:, 2:])
+    assert part.only_run == first
+    assert torch.equal(tree_attention(case.q[:, 2:], k, v, part, SCALE), expected[:, 2:])

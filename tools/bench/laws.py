@@ -32,7 +32,7 @@ from server.engine.costs import StepCost
 from server.engine.drafter import TreeShape
 from server.engine.engine import Engine
 from server.engine.loading import load
-from server.engine.ngram import Candidates
+from server.engine.ngram import Draft
 from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.types import SamplingParams, Tree
@@ -71,9 +71,9 @@ class Deterministic(Proposer):
     """Drafts as if it did not know the noise."""
 
     def propose(
-        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, guesses: Candidates | None
+        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None
     ) -> Tree:
-        return super().propose(requests, shape, options, None, guesses)
+        return super().propose(requests, shape, options, None, drafts)
 
 
 @dataclass
