@@ -20,8 +20,8 @@ class EngineConfig:
 
     ``draft_temperature`` None takes the values calibrated for the head, and learns them while serving where it has none.
     ``load_rule`` False keeps ``tree_nodes`` whatever the load, and learns nothing.
-    ``cost_cache``: directory that keeps the measured costs of steps for the next start of the same model on the same machine; with
-    CUDA graphs, which must be recorded anyhow, nothing is kept.
+    ``cost_cache``: directory that keeps the measured costs of steps for later starts of the same model on the same machine, for a week;
+    with CUDA graphs, which must be recorded anyhow, nothing is kept.
     ``threads``: of matrix products on a CPU; None takes what is fastest, as measured at start (threads.py).
     ``cuda_graphs``: on a GPU, record what steps launch and replay it.
     ``kv_cache_memory`` in bytes; None chooses (see kv_cache.py). ``max_model_len`` in tokens; None takes the model's own.
