@@ -193,11 +193,13 @@ class Ngrams:
 
 
 class FullDrafts(Ngrams):
-    """Stands in while step costs are measured: guesses as many as a tree holds, whatever the text."""
+    """Stands in while step costs are measured: guesses as many as a tree holds, whatever the text, all of the next token: deeper ones would
+    have noise made for positions that a real text needs anyhow.
+    """
 
     def _draft(self, request: "Request", limit: int, price: float) -> Draft:
         draft = Draft()
-        for node in range(limit):
-            draft.add(node, 0, 0.0, (0, LONGEST, 0))
-        draft.depth = limit
+        for token in range(limit):
+            draft.add(0, token, 0.0, (0, LONGEST, 0))
+        draft.depth = min(limit, 1)
         return draft
