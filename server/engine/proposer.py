@@ -143,9 +143,9 @@ class Proposer:
         if shape.nodes == 1:
             return root_only(roots)
         try:
-            guesses = Candidates.of(drafts)
             if self.drafter is None or shape.depth == 0:
-                return _text_tree(roots, shape, guesses)
+                return self.copy(requests, shape, drafts)
+            guesses = Candidates.of(drafts)
             self._sync_drafting(requests)
             lengths, max_context = context_lens(requests, self.device)
             rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
@@ -163,7 +163,10 @@ class Proposer:
         """Trees of what the requests' own texts propose, the roots alone when that fails."""
         roots = last_tokens(requests, self.device)
         try:
-            return _text_tree(roots, shape, Candidates.of(drafts))
+            guesses = Candidates.of(drafts)
+            if guesses is None:
+                return root_only(roots)
+            return best_tree(roots, guesses.pool.to(roots.device), shape.nodes, shape.node_price, guesses.depth)
         except torch.AcceleratorError:
             raise
         except Exception:
@@ -198,10 +201,3 @@ class Proposer:
         """Most drafted nodes of every request, int64 [B]; None where the shape is the only limit."""
         limits = [request.max_draft_nodes for request in requests]
         return on_device(limits, self.device) if min(limits) < shape.nodes - 1 else None
-
-
-def _text_tree(roots: Tensor, shape: TreeShape, guesses: Candidates | None) -> Tree:
-    """Trees of the texts' own guesses alone."""
-    if guesses is None:
-        return root_only(roots)
-    return best_tree(roots, guesses.pool.to(roots.device), shape.nodes, shape.node_price, guesses.depth)

@@ -187,8 +187,10 @@ class Steps:
         return [self._part(requests, tree, drafts, places, None) for places in groups]
 
     def _groups(self, tree: Tree) -> list[list[int]]:
-        """The places of the batch whose trees go together."""
-        return [list(range(len(tree.tokens)))] if self.graphs is not None or self.device.type == "cuda" else by_width(tree)
+        """The places of the batch whose trees go together; all of them in order, or by width in several groups."""
+        together = self.graphs is not None or self.device.type == "cuda"
+        groups = [] if together else by_width(tree)
+        return groups if len(groups) > 1 else [list(range(len(tree.tokens)))]
 
     def _part(
         self, requests: list[Request], tree: Tree, drafts: list[Draft] | None, group: list[int], places: list[int] | None

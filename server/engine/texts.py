@@ -38,13 +38,13 @@ class TextRule:
         if self._unread and not any(request.matcher for request in requests):
             self._unread -= 1
             return None
-        return self.needed * cost.node / cost.plain
+        return self._price(cost)
 
     def gains(self, requests: list[Request], guesses: list[Draft], cost: StepCost) -> dict[str, Text]:
         """What requests gain by nodes that are worth their price, by request id; where all together do not pay, those alone whose text
         a grammar demands.
         """
-        batch, price = len(requests), self.needed * cost.node / cost.plain
+        batch, price = len(requests), self._price(cost)
         found = ((r.request_id, draft, Text(*draft.worth(price))) for r, draft in zip(requests, guesses, strict=True) if draft.tokens)
         bought = [(name, draft, text) for name, draft, text in found if text.nodes]
         texts = {name: text for name, _, text in bought}
@@ -54,6 +54,9 @@ class TextRule:
             return texts
         self._unread = int(LOOKUP_SECONDS * batch / (LOOKUP_SHARE * cost.plain))
         return {name: text for name, draft, text in bought if draft.demanded}
+
+    def _price(self, cost: StepCost) -> float:
+        return self.needed * cost.node / cost.plain
 
     @staticmethod
     def seconds(batch: int, cost: StepCost, nodes: int) -> float:

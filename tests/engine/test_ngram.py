@@ -18,9 +18,9 @@ from server.engine.config import NGRAM, EngineConfig
 from server.engine.costs import StepCost
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.ngram import BRANCHES, LEARNING, LONGEST, OCCURRENCES, SHORTEST, Candidates, Draft, NgramIndex, Ngrams, Rates
-from server.engine.pool import Pool, best_tree, limited, merge
+from server.engine.pool import Pool, best_tree, limited, merge, root_only
 from server.engine.request import Request
-from server.engine.types import SamplingParams
+from server.engine.types import SamplingParams, Tree
 from tests.engine.engines import Run, build, byte_tokenizer, random_head, run, tiny_model
 from tests.engine.reference_decoding import decode
 
@@ -254,6 +254,17 @@ def test_sizes_that_change_every_step(model: PreTrainedModel, expected: list[lis
         shapes = [full, full.shrunk(1), full.shrunk(5), full._replace(level_price=1.0), full._replace(node_price=0.2)]
         monkeypatch.setattr(engine, "_plan", lambda requests, rng=rng, shapes=shapes: Plan(rng.choice(shapes), requests))
         assert [result.token_ids for result in run(engine, REQUESTS)] == expected
+
+
+def test_one_group_of_trees_keeps_the_order_of_the_requests(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is learned of the head's guesses is told by places."""
+    roots = torch.tensor([5, 6, 7])
+    tree = Tree(torch.tensor([[5, 1, 2], [6, -1, -1], [7, 3, -1]]), *(torch.zeros(3, 3, dtype=torch.long),) * 3)
+    steps = build(model, draft=NGRAM).steps
+    assert steps._groups(tree) == [[0, 1, 2]]
+    monkeypatch.setattr("server.engine.pool.GROUP_ROWS", 0)
+    assert steps._groups(tree) == [[1], [2], [0]]
+    assert steps._groups(root_only(roots)) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("node_price", [0.0, 0.6, 1.5])
