@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from kernels.gated_silu import gated_silu
+from kernels.linear import gated_linear, linear
 from kernels.rms_norm import rms_norm
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -139,7 +139,7 @@ class Eagle3Head(nn.Module):
 
     def combine(self, features: Tensor) -> Tensor:
         """The target's low, middle and high features side by side, [..., 3 * H_t] -> [..., H]."""
-        return self.fc(features)
+        return linear(self.fc, features)
 
     def forward(
         self,
@@ -160,7 +160,7 @@ class Eagle3Head(nn.Module):
         config, eps = self.config, self.config.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm, eps)
         x = torch.cat((rms_norm(embeddings, self.input_layernorm, eps), normed), dim=-1)
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, config.head_dim))
+        qkv = linear(self.qkv_proj, x).unflatten(-1, (-1, config.head_dim))
         qk, v = qkv.tensor_split((config.num_attention_heads + config.num_key_value_heads,), dim=-2)
         cos, sin = self.rope[positions].unsqueeze(-2).unbind(-3)
         qk = torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, dims=-1), sin)
@@ -168,11 +168,11 @@ class Eagle3Head(nn.Module):
         residual = normed if config.norm_before_residual else hidden
         if keep is not None:
             residual = residual[keep]
-        y = residual + self.o_proj(attend(q, k, v).flatten(-2))
+        y = residual + linear(self.o_proj, attend(q, k, v).flatten(-2))
         if self.temperature_shift is not None and temperature is not None:
             # After attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.
             y = y + temperature.to(y.dtype).unsqueeze(-1) * self.temperature_shift
-        y = y + self.down_proj(gated_silu(self.gate_up_proj(rms_norm(y, self.post_attention_layernorm, eps))))
+        y = y + linear(self.down_proj, gated_linear(self.gate_up_proj, rms_norm(y, self.post_attention_layernorm, eps)))
         return self._normed(y) if config.norm_output else y
 
     def output(self, y: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class Eagle3Head(nn.Module):
 
     def logits(self, y: Tensor, temperature: Tensor | float = 0.0) -> Tensor:
         """[..., H], as ``forward`` returns it -> [..., Vd]. ``temperature``: as ``forward`` takes it."""
-        logits = self.lm_head(self.output(y))
+        logits = linear(self.lm_head, self.output(y))
         if self.config.temperature_sharpness == 1.0:
             return logits
         scale = self.config.temperature_sharpness ** (1 - torch.as_tensor(temperature, device=y.device))

@@ -13,12 +13,13 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.best_nodes import best_nodes
 from kernels.draft_level import draft_level
 from kernels.gated_silu import gated_silu
 from kernels.kv_commit import kv_commit
+from kernels.linear import gated_linear, linear
 from kernels.noise import Noise, NoiseKey
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_store import rope_store, rope_store_reference
@@ -195,6 +196,33 @@ def layer(rows: int = 32, hidden: int = 4096, neurons: int = 14336) -> Iterator[
     yield Case(f"rope_store, {rows} rows", 2 * qkv.nbytes, rotate(rope_store), rotate(rope_store_reference))
 
 
+def products(hidden: int = 4096, neurons: int = 14336) -> Iterator[Case]:
+    """The matrices of a decoder layer, for a plain step of one request and for a tree."""
+    shapes = {"q, k, v": ((HEADS + 2 * KV_HEADS) * HEAD_DIM, hidden), "o": (hidden, hidden), "down": (hidden, neurons)}
+    for rows in (1, 32):
+        for name, (outputs, size) in shapes.items():
+            yield product(f"linear, {name}", rows, outputs, size, linear)
+        yield product(
+            "gated_linear, gate and up", rows, 2 * neurons, hidden, gated_linear, lambda y: F.silu(y[:, :neurons]) * y[:, neurons:]
+        )
+
+
+def product(
+    name: str,
+    rows: int,
+    outputs: int,
+    size: int,
+    run: Callable[[nn.Linear, Tensor], Tensor],
+    then: Callable[[Tensor], Tensor] | None = None,
+) -> Case:
+    """``then`` is what ``run`` does after the product."""
+    layer = nn.Linear(size, outputs, bias=False, device=DEVICE, dtype=DTYPE)
+    x = torch.randn(rows, size, device=DEVICE, dtype=DTYPE)
+    return Case(
+        f"{name}, {rows} rows", layer.weight.nbytes, lambda: run(layer, x), lambda: then(layer(x)) if then else layer(x),
+    )  # fmt: skip
+
+
 def cases() -> Iterator[Callable[[], Iterator[Case]]]:
     """Groups of cases, each made when its turn comes, so that their tensors do not pile up."""
     for batch in (1, 32):
@@ -205,6 +233,7 @@ def cases() -> Iterator[Callable[[], Iterator[Case]]]:
     yield drafting
     yield bookkeeping
     yield layer
+    yield products
 
 
 def copy_rate() -> float:

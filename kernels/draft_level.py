@@ -12,7 +12,8 @@ from kernels.jit import jit, tl, triton
 from kernels.noise import Noise, gumbel_at, gumbel_tile
 from kernels.sampling import OptionPointers, SamplingBatch, TreePointers, adjust, apply_options, load_options
 
-BLOCK, SEGMENT = 512, 64  # tokens of the vocabulary that a program scores, and of which it keeps one largest score
+BLOCK = 512  # tokens of the vocabulary that a program scores
+MOST_SEGMENTS = 2048  # of a row: what a program can hold that looks for the best
 
 
 class DraftLevel(NamedTuple):
@@ -186,10 +187,13 @@ def draft_level_triton(
         none = torch.zeros(batch, rows, dtype=torch.long, device=device)
         tree = TreePointers(none - 1, none, none + depth, rows)
     cuts = filter_cuts_triton(logits, pointers, tree)
-    segments = triton.cdiv(vocab, SEGMENT)
+    segment = 32
+    while triton.cdiv(vocab, segment) > MOST_SEGMENTS and segment < BLOCK:
+        segment *= 2
+    segments = triton.cdiv(vocab, segment)
     tops, sums = (torch.empty(batch, rows, segments, device=device) for _ in range(2))
     inputs = logits, *logits.stride()[:2], pointers, tree, cuts, noise and noise.key, depth, sigma, target_ids, tops, sums
-    segments_kernel[triton.cdiv(vocab, BLOCK), batch](*inputs, vocab, segments, BLOCK, SEGMENT, num_warps=1, enable_fp_fusion=False)
+    segments_kernel[triton.cdiv(vocab, BLOCK), batch](*inputs, vocab, segments, BLOCK, segment, num_warps=1, enable_fp_fusion=False)
     level = DraftLevel(
         torch.empty(batch, rows * topk, device=device),
         torch.empty(batch, rows * topk, dtype=torch.long, device=device),
@@ -198,7 +202,7 @@ def draft_level_triton(
     )
     row_children_kernel[rows, batch](
         *inputs, scores.contiguous(), level.scores, level.tokens, vocab, segments, topk,
-        triton.next_power_of_2(segments), SEGMENT, triton.next_power_of_2(topk), num_warps=1 if topk <= 8 else 4, enable_fp_fusion=False,
+        triton.next_power_of_2(segments), segment, triton.next_power_of_2(topk), num_warps=1 if topk <= 8 else 4, enable_fp_fusion=False,
     )  # fmt: skip
     best_children_kernel[(batch,)](
         level.scores, level.best_scores, level.best, rows * topk, topk, CHILDREN=triton.next_power_of_2(rows * topk)

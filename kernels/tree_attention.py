@@ -82,7 +82,9 @@ def choose_tiles(rows: int, group: int, kv_heads: int, size: int, dtype: torch.d
     single = dtype == torch.float32  # without tensor cores, larger tiles would spill
     roomy = capability // 10 in (9, 10)  # elsewhere Q stays in registers, and shared memory is less than half as large
     most_rows = 128 if size <= 128 else 64
-    tile_rows = 16 if single else min(max(16, triton.next_power_of_2(rows * group)), most_rows)
+    needed = max(16, triton.next_power_of_2(rows * group))
+    # Two tiles of 64 rows, which read K and V from the L2 cache the second time, wait less than one of 128.
+    tile_rows = 16 if single else 64 if needed == 128 else min(needed, most_rows)
     large = tile_rows == 128 or tile_rows * size > 8192
     columns, stages = 16 if single else (64 if roomy else 32) * most_rows // 128, 5
     if roomy and tile_rows == 16 and size <= 128 and not single:
@@ -90,7 +92,7 @@ def choose_tiles(rows: int, group: int, kv_heads: int, size: int, dtype: torch.d
     programs = PROGRAMS // 2 if roomy and large else PROGRAMS
     splits = max(1, programs // (kv_heads * triton.cdiv(rows * group, tile_rows)))
     # A split's partial result is written and read again, which must stay little beside the K and V that the split reads.
-    return Tiles(tile_rows, columns, max(256, 4 * tile_rows), splits, 8 if large else 4, stages)
+    return Tiles(tile_rows, columns, max(256, 8 * min(needed, 128)), splits, 8 if large else 4, stages)
 
 
 def tree_attention_triton(

@@ -187,8 +187,8 @@ def tree_verify_triton(
     tree = TreePointers(tokens, parent, depth, nodes)
     pointers = OptionPointers.of(options, logits)
     cuts = filter_cuts_triton(logits, pointers, tree)
-    # What a program keeps per token beside the scores takes registers.
-    kept = sum(part is not None for part in (noise, pointers.bias, pointers.banned, pointers.counts))
+    # What a program keeps per token beside scores and noise takes registers.
+    kept = any(part is not None for part in (pointers.bias, pointers.banned, pointers.counts))
     block = min(256 if kept else 512, triton.next_power_of_2(vocab))
     tiles = triton.cdiv(vocab, block)
     per_program = triton.cdiv(nodes, min(nodes, triton.cdiv(PROGRAMS if noise else 4 * PROGRAMS, batch * tiles)))
@@ -214,7 +214,7 @@ def tree_verify_triton(
     healthy = torch.empty(batch, dtype=torch.bool, device=device)
     accept_kernel[(batch,)](
         best, best_id, tokens, parent, depth, ancestors, path, accepted, committed, healthy, tiles, nodes, max_depth,
-        NODES=triton.next_power_of_2(nodes), DEPTHS=triton.next_power_of_2(max_depth + 1), CHUNK=64, num_warps=8,
+        NODES=triton.next_power_of_2(nodes), DEPTHS=triton.next_power_of_2(max_depth + 1), CHUNK=128, num_warps=16,
     )  # fmt: skip
     return path, accepted, committed, healthy
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kernels.gated_silu import gated_silu
+from kernels.linear import gated_linear, linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope_store import rope_store
 from server.engine.cpu_layout import store_transposed
@@ -43,7 +43,7 @@ class LeanDecoder(nn.Module):
             hidden, delta = layer(hidden, normed, cos, sin, context)
         if keep is not None:
             hidden, delta = hidden[keep], delta[keep]
-        return self.lm_head(_add_norm(hidden, delta, self._norms[-1])[1]), [read[i] for i in taps]
+        return linear(self.lm_head, _add_norm(hidden, delta, self._norms[-1])[1]), [read[i] for i in taps]
 
 
 class LeanLayer(nn.Module):
@@ -68,20 +68,20 @@ class LeanLayer(nn.Module):
 
     def forward(self, hidden: Tensor, normed: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """hidden [T, H], and as the input norm makes it; cos, sin [T, 1, D] -> two [T, H], whose sum is the layer's output."""
-        qkv = self.qkv(normed).view(len(hidden), -1, self.head_dim)
+        qkv = linear(self.qkv, normed).view(len(hidden), -1, self.head_dim)
         qk, v = qkv[:, : self.heads + self.kv_heads], qkv[:, self.heads + self.kv_heads :]
         if self.q_norm is not None:
             qk = torch.cat((_norm(qk[:, : self.heads], self.q_norm), _norm(qk[:, self.heads :], self.k_norm)), dim=1)
         cache = context.cache
         q = rope_store(qk, v, cos, sin, context.slots, context.live, cache.k[self.index], cache.v[self.index])
         out = attend(q, self.index, self.scale, self.window, None, context)
-        hidden, normed = _add_norm(hidden, self.o_proj(out.flatten(1)), self.mlp_norm)
-        return hidden, self.down_proj(self._gated(self.gate_up(normed)))
+        hidden, normed = _add_norm(hidden, linear(self.o_proj, out.flatten(1)), self.mlp_norm)
+        return hidden, linear(self.down_proj, self._gated(normed))
 
-    def _gated(self, gate_up: Tensor) -> Tensor:
+    def _gated(self, normed: Tensor) -> Tensor:
         if self.activation is None:
-            return gated_silu(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
+            return gated_linear(self.gate_up, normed)
+        gate, up = linear(self.gate_up, normed).chunk(2, dim=-1)
         return self.activation(gate) * up
 
 
@@ -97,12 +97,12 @@ def _add_norm(x: Tensor, delta: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 
 def _fused(*linears: nn.Linear) -> nn.Linear:
     """One layer for all: their outputs side by side. Their weights become views of its weight, so that nothing is held twice."""
-    first, sizes = linears[0], [linear.out_features for linear in linears]
+    first, sizes = linears[0], [own.out_features for own in linears]
     fused = nn.utils.skip_init(nn.Linear, first.in_features, sum(sizes), bias=first.bias is not None, device="meta")
-    fused.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+    fused.weight = nn.Parameter(torch.cat([own.weight for own in linears]), requires_grad=False)
     if first.bias is not None:
-        fused.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+        fused.bias = nn.Parameter(torch.cat([own.bias for own in linears]), requires_grad=False)
     store_transposed(fused)
-    for linear, part in zip(linears, fused.weight.split(sizes), strict=True):
-        linear.weight = nn.Parameter(part, requires_grad=False)
+    for own, part in zip(linears, fused.weight.split(sizes), strict=True):
+        own.weight = nn.Parameter(part, requires_grad=False)
     return fused

@@ -1,8 +1,9 @@
-"""rms_norm, gated_silu and rope_store against their references on one device: the CPU for the interpreter's tests, or a GPU."""
+"""The kernels of a decoder layer against their references on one device: the CPU for the interpreter's tests, or a GPU."""
 
 import torch
 
 from kernels.gated_silu import gated_silu_reference, gated_silu_triton
+from kernels.linear import gated_linear_reference, gated_linear_triton, linear_reference, linear_triton
 from kernels.rms_norm import rms_norm_reference, rms_norm_triton
 from kernels.rope_store import rope_store_reference, rope_store_triton
 
@@ -50,3 +51,19 @@ def check_rope_store(rows: int, heads: tuple[int, int], size: int, dtype: torch.
         results.append([part.float() for part in (q[:-1] if padded else q, *caches)])
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def check_linear(rows: int, outputs: int, size: int, dtype: torch.dtype, biased: bool, device: str) -> None:
+    """Against float64; and every row is what it is alone, or among as many as fill one tile."""
+    generator = torch.Generator().manual_seed(rows + outputs + size)
+    x = torch.randn(rows, 1, size, generator=generator).to(device, dtype)
+    weight = (torch.randn(2 * outputs, size, generator=generator) / size**0.5).to(device, dtype)
+    bias = torch.randn(2 * outputs, generator=generator).to(device, dtype) if biased else None
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
+    ours, gated = linear_triton(x, weight, bias), gated_linear_triton(x, weight, bias)
+    exact = x.double(), weight.double(), None if bias is None else bias.double()
+    torch.testing.assert_close(ours.double(), linear_reference(*exact), **close)
+    torch.testing.assert_close(gated.double(), gated_linear_reference(*exact), **close)
+    if rows <= 16:
+        assert torch.equal(linear_triton(x[-1:], weight, bias), ours[-1:])
+        assert torch.equal(gated_linear_triton(x[-1:], weight, bias), gated[-1:])

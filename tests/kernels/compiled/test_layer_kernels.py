@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import gated_silu, rms_norm, rope_store
+from kernels import gated_silu, linear, rms_norm, rope_store
 from tests.kernels.compile_only import SHARED_LIMIT, check_launches
 
 
@@ -44,3 +44,14 @@ def test_rope_store(live: bool, capability: int, tmp_path: Path) -> None:
     )
     assert "ld.global.v" in ptx
     assert "st.global.v" in ptx
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize(("outputs", "size"), [(28_672, 4096), (6144, 4096), (4096, 14_336)])
+def test_linear(outputs: int, size: int, rows: int, capability: int, tmp_path: Path) -> None:
+    x, weight = empty(rows, size), empty(outputs, size)
+    for launch in (lambda: linear.linear_triton(x, weight, None), lambda: linear.gated_linear_triton(x, weight, None)):
+        (ptx,) = check_launches(linear, launch, capability, tmp_path)
+        assert "cp.async.cg.shared.global" in ptx  # 16 bytes at a time
+        assert "mma" in ptx

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.check_layer_kernels import check_gated_silu, check_rms_norm, check_rope_store
+from tests.kernels.check_layer_kernels import check_gated_silu, check_linear, check_rms_norm, check_rope_store
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -22,3 +22,10 @@ def test_rope_store(heads: tuple[int, int], size: int, dtype: torch.dtype) -> No
     for rows in (1, 70):
         for padded in (False, True):
             check_rope_store(rows, heads, size, dtype, padded, "cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("outputs", "size"), [(40, 100), (2048, 4096), (16_500, 1024)], ids=["small", "large", "tall"])
+def test_linear(outputs: int, size: int, dtype: torch.dtype) -> None:
+    for rows in (1, 7, 16, 32):
+        check_linear(rows, outputs, size, dtype, rows == 7, "cuda")

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernels.check_layer_kernels import check_gated_silu, check_rms_norm, check_rope_store
+from tests.kernels.check_layer_kernels import check_gated_silu, check_linear, check_rms_norm, check_rope_store
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 SIZES = st.sampled_from([1, 24, 80, 1000, 1024, 2050])
@@ -26,3 +26,13 @@ def test_gated_silu(rows: int, size: int, dtype: torch.dtype) -> None:
 @settings(max_examples=20)
 def test_rope_store(rows: int, heads: tuple[int, int], size: int, dtype: torch.dtype, padded: bool) -> None:
     check_rope_store(rows, heads, size, dtype, padded, "cpu")
+
+
+@given(
+    st.sampled_from([1, 2, 16, 17, 32]), st.sampled_from([1, 31, 40, 130]), st.sampled_from([8, 100, 128, 300]),
+    st.sampled_from([torch.float32, torch.float16]), st.booleans(),
+)  # fmt: skip
+@settings(max_examples=15)
+def test_linear(rows: int, outputs: int, size: int, dtype: torch.dtype, biased: bool) -> None:
+    """Without bfloat16, whose products the interpreter gets wrong."""
+    check_linear(rows, outputs, size, dtype, biased, "cpu")
