@@ -1,8 +1,9 @@
-"""Grows one draft tree per request with an EAGLE-3 head, and keeps the head's cache true."""
+"""Drafts with an EAGLE-3 head, and keeps the head's cache true."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from drafts.eagle3 import Eagle3Head
@@ -10,12 +11,11 @@ from kernels.draft_level import draft_level
 from kernels.noise import Noise, NoiseKey
 from kernels.sampling import SamplingBatch
 from kernels.tree_attention import tree_attention
-from kernels.tree_layout import TreeLayout
+from kernels.tree_layout import TreeLayout, physical_slots
 from server.engine.graphs import Graphs, graph_context
 from server.engine.kv_cache import PagedTensors
-from server.engine.ngram import Candidates
-from server.engine.pool import Pool, best_tree, limited, merge
-from server.engine.types import Tree
+from server.engine.pool import Pool
+from server.engine.types import Verdict
 
 RECORDED_ROWS = 16  # of a request: more are those of a prompt, whose lengths are too many to record
 
@@ -35,12 +35,30 @@ class TreeShape(NamedTuple):
 
     @property
     def lookahead(self) -> int:
-        """Slots after the committed context that verification or drafting writes to."""
-        return max(self.nodes, (self.depth - 1) * self.topk)
+        """Slots after the committed context that a step writes to: the verified nodes, or what is drafted after the accepted ones."""
+        return 1 if self.nodes == 1 else max(self.nodes, self.depth + 1 + self.expanded)
+
+    @property
+    def expanded(self) -> int:
+        """Drafted nodes whose children are drafted too."""
+        return (self.depth - 1) * self.topk
 
     def shrunk(self, nodes: int) -> "TreeShape":
         """The shape for fewer nodes: no level and no branch that they could not fill."""
         return self._replace(nodes=nodes, depth=min(self.depth, max(1, nodes - 1)), topk=max(1, min(self.topk, nodes - 1)))
+
+
+class Grown(NamedTuple):
+    """What the head drafted for a batch; ``levels``: by how many the trees were grown, the roots' children included."""
+
+    pool: Pool
+    levels: int
+    guesses: tuple[Tensor, Tensor]  # the best tokens after the roots, int64 [B], and their scores float32 [B]: -inf where the head is NaN
+
+    @classmethod
+    def of(cls, levels: tuple[Pool, ...]) -> "Grown":
+        pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))  # a copy: graphs share their memory
+        return cls(pool, len(levels), (pool.tokens[:, 0], pool.scores[:, 0]))
 
 
 class Drafter:
@@ -55,8 +73,6 @@ class Drafter:
         self.cache = PagedTensors(1, blocks, block_size, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
         self.graphs: Graphs | None = None
         self.state = torch.zeros(1 + max_seqs, config.hidden_size, dtype=weight.dtype, device=weight.device)
-        self.levels = 0  # that the last trees were grown by, the root's children included
-        self.guesses: tuple[Tensor, Tensor] | None = None  # of the last trees: the best tokens after the roots [B], and their scores
         self._scale = config.head_dim**-0.5
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
 
@@ -103,32 +119,61 @@ class Drafter:
         self.state[rows] = self.head(self.head.embed(tokens), hidden, positions, attend, temperature, last)
 
     def grow(
-        self, rows: Tensor, roots: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape,
-        options: SamplingBatch, noise: Noise | None, sigma: Tensor, temperature: Tensor, limits: Tensor | None, ngrams: Candidates | None,
-    ) -> Tree:  # fmt: skip
-        """One tree per request (EAGLE-2): expand the best ``topk`` nodes of every level, keep the best ``nodes`` - 1 of all.
+        self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape, options: SamplingBatch,
+        noise: Noise | None, sigma: Tensor, temperature: Tensor, limits: Tensor | None,
+    ) -> Grown:  # fmt: skip
+        """The nodes of one tree per request (EAGLE-2): those after the best ``topk`` nodes of every level.
 
         A node's score is the product over its path of softmax((log q + noise) / sigma), the drafted survival probability: with the
         request's own noise the draft guesses the very token that verification will draw.
-        roots int64 [B]: last committed tokens; sigma float32 [B, shape.depth]: drafting temperatures of the levels; temperature float32
-        [B]: the requests', clamped to [0, 1]; limits int64 [B]: most drafted nodes of each request; ngrams: nodes that compete with the
-        head's.
+        sigma float32 [B, shape.depth]: drafting temperatures of the levels; temperature float32 [B]: the requests', clamped to [0, 1];
+        limits int64 [B]: most drafted nodes of each request, where 0 is all that counts here.
         """
+        arguments = rows + 1, block_tables, context_lens, options
         if self.graphs is None:
-            levels = self._levels(rows + 1, block_tables, context_lens, options, noise, sigma, temperature, limits, shape, max_context)
-        else:
-            levels = self.graphs.run(
-                self._static_levels, rows + 1, block_tables, context_lens, options, noise and noise.key, sigma, temperature, limits,
+            return Grown.of(self._levels(*arguments, noise, sigma, temperature, limits, shape, max_context))
+        return Grown.of(
+            self.graphs.run(
+                self._static_levels, *arguments, noise and noise.key, sigma, temperature, limits,
                 shape=shape, max_context=graph_context(max_context), vocab_size=noise.vocab_size if noise else 0,
-            )  # fmt: skip
-        self.levels = len(levels)
-        pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))  # a copy: graphs share their memory
-        self.guesses = pool.tokens[:, 0], pool.scores[:, 0]
-        depth = len(levels)
-        if ngrams is not None:
-            pool = merge(pool, ngrams.pool.to(roots.device), min(depth, ngrams.depth))
-            depth = max(depth, ngrams.depth)
-        return best_tree(roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
+            )
+        )  # fmt: skip
+
+    def go_on(
+        self, rows: Tensor, features: Tensor, verdict: Verdict, block_tables: Tensor, context_lens: Tensor, max_context: int,
+        shape: TreeShape, options: SamplingBatch, noise: Noise | None, sigma: Tensor, temperature: Tensor,
+    ) -> Grown:  # fmt: skip
+        """``extend`` by what a verification has accepted, and ``grow`` from there, by graphs, while the host does not know the verdict.
+
+        features [B, N, 3 * H] of the verified nodes; context_lens and noise: as they were for the verification.
+        """
+        assert self.graphs is not None
+        width = 1 << (verdict.path.shape[1] - 1).bit_length()  # few widths: graphs are recorded for each
+        path, tokens = (F.pad(part, (0, width - part.shape[1]), value=-1) for part in (verdict.path, verdict.tokens))
+        return Grown.of(
+            self.graphs.run(
+                self._go_on, rows + 1, features, path, tokens, verdict.num_accepted, block_tables, context_lens, options,
+                noise and noise.key, sigma, temperature,
+                shape=shape, max_context=graph_context(max_context + width), vocab_size=noise.vocab_size if noise else 0,
+            )
+        )  # fmt: skip
+
+    def _go_on(
+        self, rows: Tensor, features: Tensor, path: Tensor, tokens: Tensor, accepted: Tensor, block_tables: Tensor, context_lens: Tensor,
+        options: SamplingBatch, key: NoiseKey | None, sigma: Tensor, temperature: Tensor, shape: TreeShape, max_context: int,
+        vocab_size: int,
+    ) -> tuple[Pool, ...]:  # fmt: skip
+        """``go_on``; ``rows`` are places in ``state``. What is no accepted row comes to slots that are written before they are read."""
+        width = path.shape[1]
+        positions = context_lens[:, None] + torch.arange(width, device=rows.device)
+        slots = physical_slots(block_tables, positions, self.block_size)
+        features = features.gather(1, path.clamp(min=0)[:, :, None].expand(-1, -1, features.shape[2]))
+        last = torch.arange(len(rows), device=rows.device) * width + accepted
+        features, tokens = features.flatten(0, 1), tokens.clamp(min=0).flatten()
+        ends = context_lens + accepted
+        self._extend(rows, features, tokens, positions.flatten(), slots.flatten(), last, block_tables, ends, temperature, max_context)
+        key = key and key._replace(positions=key.positions + accepted + 1)
+        return self._static_levels(rows, block_tables, ends + 1, options, key, sigma, temperature, None, shape, max_context, vocab_size)
 
     def _static_levels(
         self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, options: SamplingBatch, key: NoiseKey | None, sigma: Tensor,
@@ -145,7 +190,7 @@ class Drafter:
     ) -> tuple[Pool, ...]:  # fmt: skip
         """The nodes of every level; ``rows`` are places in ``state``."""
         topk, sigma = shape.topk, sigma.t().contiguous()
-        expanded = torch.arange((shape.depth - 1) * topk, device=rows.device)
+        expanded = torch.arange(shape.expanded, device=rows.device)
         layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
         own_bits = torch.ones_like(expanded) << expanded
         y = self.state[rows][:, None]

@@ -284,7 +284,7 @@ def _graphs(target: Target, config: EngineConfig) -> Graphs | None:
 def _tree_shape(config: EngineConfig, head: bool) -> TreeShape:
     """The largest tree; its verified and its drafted nodes must each fit one ancestor word. Without a head there are no levels."""
     shape = TreeShape(config.tree_nodes, config.tree_depth, config.tree_topk) if head else TreeShape(config.tree_nodes, 1, 1)
-    if min(shape[:3]) < 1 or shape.lookahead > MAX_NODES:
+    if min(shape[:3]) < 1 or max(shape.nodes, shape.expanded) > MAX_NODES:
         raise EngineError(
             f"tree_nodes {shape.nodes}, tree_depth {shape.depth} and tree_topk {shape.topk} were given; all must be at least 1, "
             f"and tree_nodes and (tree_depth - 1) x tree_topk at most {MAX_NODES}"

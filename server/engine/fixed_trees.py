@@ -45,7 +45,8 @@ class FixedTreeRule(LoadRule):
                 self._interval, self._since_probe, worthwhile = min(2 * self._interval, MAX_PROBE), 0, True
         shape = self.shape.shrunk(nodes)
         bound = [] if worthwhile else [request for request in able if request.matcher is not None]
-        return Plan(shape, able if worthwhile else [], max(1.0, gain(nodes)) if self._drafting else 1.0, batch, bound)
+        hoped = max(1.0, gain(nodes)) if self._drafting else 1.0
+        return Plan(shape, able if worthwhile else [], hoped, batch, bound, lasting=self._drafting > 0)
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
         if plan.drafts:

@@ -1,4 +1,6 @@
-"""What the host hands to the device."""
+"""What host and device hand to each other."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,3 +12,20 @@ def on_device(values: list, device: torch.device, dtype: torch.dtype | None = No
     """
     tensor = torch.tensor(values, dtype=dtype)
     return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)
+
+
+def fetch(*values: Tensor) -> Callable[[], list[list]]:
+    """Begin to bring ``values`` to the host; the result waits for them, and for nothing that the device is given later."""
+    if values[0].device.type == "cpu":
+        return lambda: [value.tolist() for value in values]
+    held = [torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for value in values]
+    for mine, value in zip(held, values, strict=True):
+        mine.copy_(value, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def wait() -> list[list]:
+        done.synchronize()
+        return [mine.tolist() for mine in held]
+
+    return wait

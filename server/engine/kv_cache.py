@@ -106,6 +106,10 @@ class BlockPool:
         del self._kept[block], self._by_key[self._keys.pop(block)]
         return block
 
+    def slot(self, row: int, place: int) -> int:
+        """The physical slot of a row's logical slot ``place``."""
+        return self._owned[row][place // self.block_size] * self.block_size + place % self.block_size
+
     def set_key(self, row: int, index: int, key: bytes) -> None:
         """Say what a row's block number ``index`` holds. A key that another block has already is not given twice."""
         block = self._owned[row][index]

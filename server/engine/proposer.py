@@ -1,8 +1,11 @@
 """The draft side of a step: what is proposed to verification, by the head and by n-grams, and the head's cache kept true."""
 
 import logging
+import math
 import time
+from collections.abc import Callable, Iterator
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,19 +13,43 @@ from torch import Tensor
 from drafts.eagle3 import DraftTemperature
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
+from kernels.tree_layout import TreeLayout
 from server.engine.batch import context_lens, last_tokens, table_rows
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
-from server.engine.drafter import Drafter, TreeShape
-from server.engine.host import on_device
+from server.engine.drafter import Drafter, Grown, TreeShape
+from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.ngram import Candidates, Draft, Ngrams
-from server.engine.pool import best_tree, root_only
+from server.engine.pool import Pool, best_tree, limited, merge, root_only
 from server.engine.request import Request
 from server.engine.types import Tree, Verdict
 
 logger = logging.getLogger(__name__)
+IMPROBABLE = -1e9  # score of a guess that nobody has made, and that no NaN has prevented
 MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off
+
+
+class Ahead(NamedTuple):
+    """What the head has drafted for ``requests`` before the host knew how their texts go on."""
+
+    requests: list[Request]
+    grown: Grown
+
+    def of(self, requests: list[Request]) -> Grown | None:
+        """The same of ``requests``, nothing for those that are new; None where most are."""
+        places = {id(request): place for place, request in enumerate(self.requests)}
+        index = [places.get(id(request), -1) for request in requests]
+        if index == list(range(len(self.requests))):
+            return self.grown
+        if 2 * index.count(-1) > len(index):
+            return None
+        pool, device = self.grown.pool, self.grown.pool.scores.device
+        chosen, new = on_device([max(place, 0) for place in index], device), on_device([place < 0 for place in index], device)
+        pool = Pool(*(part[chosen] for part in pool))
+        pool = pool._replace(scores=pool.scores.masked_fill(new[:, None], float("-inf")))
+        tokens, scores = self.grown.guesses
+        return Grown(pool, self.grown.levels, (tokens[chosen], scores[chosen].masked_fill(new, IMPROBABLE)))
 
 
 class Proposer:
@@ -36,20 +63,17 @@ class Proposer:
         self.learned: LearnedSigma | None = None
         self.ngrams: Ngrams | None = None
         self.failed = 0  # drafts, since the engine last looked
+        self.levels = 0  # that the head's last trees were grown by, the root's children included
+        self.guesses: tuple[Tensor, Tensor] | None = None  # of the head's last trees, see ``Grown``
 
     def drafted(self, requests: list[Request], tree: Tree) -> bool:
         """Whether there is anything to verify. A head whose guess is NaN is not asked for that request again."""
         live = (tree.tokens[:, 1:] >= 0).any()
-        if self.drafter is None or self.drafter.guesses is None:
+        if self.guesses is None:
             return bool(live)
-        found, *lost = torch.cat((live[None], self.drafter.guesses[1].isneginf())).tolist()  # one wait for the device
+        found, *lost = torch.cat((live[None], self.guesses[1].isneginf())).tolist()  # one wait for the device
         self._forsake(requests, lost)
         return bool(found)
-
-    def check(self, requests: list[Request]) -> None:
-        """What ``drafted`` notes of the head, when the device has come so far anyhow."""
-        if self.drafter is not None and self.drafter.guesses is not None:
-            self._forsake(requests, self.drafter.guesses[1].isneginf().tolist())
 
     def _forsake(self, requests: list[Request], lost: list[bool]) -> None:
         for request, nan in zip(requests, lost, strict=True):
@@ -64,17 +88,16 @@ class Proposer:
         if self.drafter is None or not behind:
             return
         # A request that ended may have fewer tokens than were accepted.
-        features = [torch.cat(request.pending)[: request.num_pending] for request in behind]
-        counts = list(map(len, features))
+        features = torch.cat([rows for request in behind for rows in _first(request.pending, request.num_pending)])
+        counts = [request.num_pending for request in behind]
         spans = [(r, place) for r, n in zip(behind, counts, strict=True) for place in range(r.draft_len, r.draft_len + n)]
-        entries = [(request.row, place, request.token_ids[place + 1]) for request, place in spans]
-        owners, positions, tokens = on_device(entries, self.device).unbind(1)
-        size, tables = self.pool.block_size, self.pool.tables
-        slots = tables[owners, positions // size] * size + positions % size
-        last = on_device([end - 1 for end in accumulate(counts)], self.device)
-        rows, ends = table_rows(behind, self.device), [request.draft_len + n - 1 for request, n in zip(behind, counts, strict=True)]
-        lengths, temperature = on_device(ends, self.device), self._temperature(behind)
-        self.drafter.extend(rows, torch.cat(features), tokens, positions, slots, last, tables[rows], lengths, temperature, max(ends))
+        entries = [(place, request.token_ids[place + 1], self.pool.slot(request.row, place)) for request, place in spans]
+        positions, tokens, slots = on_device(list(zip(*entries, strict=True)), self.device).unbind()
+        ends = [request.context_len - 1 for request in behind]
+        last = [end - 1 for end in accumulate(counts)]
+        rows, last_rows, lengths = on_device([[request.row for request in behind], last, ends], self.device).unbind()
+        tables, temperature = self.pool.tables[rows], self._temperature(behind)
+        self.drafter.extend(rows, features, tokens, positions, slots, last_rows, tables, lengths, temperature, max(ends))
         for request, n in zip(behind, counts, strict=True):
             request.draft_len += n
             request.pending.clear()
@@ -132,32 +155,61 @@ class Proposer:
             return None
 
     def propose(
-        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None
-    ) -> Tree:
-        """The draft's trees, with what texts propose (``drafts``); the roots alone when there is nothing to draft, or when drafting fails:
-        a draft is never needed.
+        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None,
+        ahead: Ahead | None = None,
+    ) -> Tree:  # fmt: skip
+        """The draft's trees, with what texts propose (``drafts``) and what was drafted ``ahead``; the roots alone when there is nothing to
+        draft, or when drafting fails: a draft is never needed.
         """
         roots = last_tokens(requests, self.device)
-        if self.drafter is not None:
-            self.drafter.guesses = None
+        self.guesses = None
         if shape.nodes == 1:
             return root_only(roots)
         try:
             if self.drafter is None or shape.depth == 0:
                 return self.copy(requests, shape, drafts)
-            guesses = Candidates.of(drafts)
             self._sync_drafting(requests)
-            lengths, max_context = context_lens(requests, self.device)
-            rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
-            tables = self.pool.tables[rows]
             limits = self._limits(requests, shape)
-            return self.drafter.grow(rows, roots, tables, lengths, max_context, shape, options, noise, sigma, temperature, limits, guesses)
+            pool, depth, self.guesses = (ahead and ahead.of(requests)) or self._grown(self.drafter, requests, shape, options, noise, limits)
+            self.levels = depth
+            if guesses := Candidates.of(drafts):
+                pool = merge(pool, guesses.pool.to(roots.device), min(depth, guesses.depth))
+                depth = max(depth, guesses.depth)
+            return best_tree(roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
         except torch.AcceleratorError:  # unlike a shortage of memory, it comes back with every further call
             raise
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
             self.failed += 1
             return root_only(roots)
+
+    def _grown(
+        self, drafter: Drafter, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None,
+        limits: Tensor | None,
+    ) -> Grown:  # fmt: skip
+        lengths, max_context = context_lens(requests, self.device)
+        rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
+        return drafter.grow(rows, self.pool.tables[rows], lengths, max_context, shape, options, noise, sigma, temperature, limits)
+
+    def go_ahead(
+        self, requests: list[Request], layout: TreeLayout, features: Tensor, verdict: Verdict, shape: TreeShape, options: SamplingBatch,
+        noise: Noise | None,
+    ) -> Ahead | None:  # fmt: skip
+        """Bring the draft caches that had come to the contexts of ``layout`` up to what the ``verdict`` commits, and draft from there,
+        while the host does not know it. None when that fails; then they are where they were.
+        """
+        assert self.drafter is not None
+        try:
+            rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
+            tables, lengths, longest = layout.block_tables, layout.context_lens, layout.max_context
+            grown = self.drafter.go_on(rows, features, verdict, tables, lengths, longest, shape, options, noise, sigma, temperature)
+            return Ahead(requests, grown)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("drafting ahead failed; the next step drafts anew")
+            self.failed += 1
+            return None
 
     def copy(self, requests: list[Request], shape: TreeShape, drafts: list[Draft] | None) -> Tree:
         """Trees of what the requests' own texts propose, the roots alone when that fails."""
@@ -176,22 +228,32 @@ class Proposer:
 
     def _temperature(self, requests: list[Request]) -> Tensor:
         """What the head is told, float32 [B]: 0 for greedy requests, 1 from temperature 1 on."""
-        params = [request.params for request in requests]
-        return on_device([0.0 if p.greedy else min(p.temperature, 1.0) for p in params], self.device)
+        return on_device(list(map(_told, requests)), self.device)
 
-    def learn(self, requests: list[Request], places: list[int], verdict: Verdict) -> None:
-        """Compare the best first guesses with the target's tokens there, which are known whatever was accepted.
+    def tell(self, requests: list[Request], places: list[int], verdict: Verdict) -> Callable[[], None]:
+        """Begin to ask how the best first guesses compare with the target's tokens there, which are known whatever was accepted; the result
+        learns from the answer.
 
         ``places``: of the requests among those of the last trees.
         """
-        if self.learned is None or self.drafter is None or self.drafter.guesses is None:
-            return
-        tokens, scores = (guess[places] for guess in self.drafter.guesses)
-        told = zip(self._temperature(requests).tolist(), scores.exp().tolist(), (tokens == verdict.tokens[:, 0]).tolist(), strict=True)
-        for temperature, predicted, right in told:
-            if predicted > 0:  # else nothing was to be drafted
-                self.learned.observe(temperature, predicted, right)
-        self.sigma = self.learned.points
+        if self.guesses is None:
+            return lambda: None
+        tokens, scores = self.guesses
+        if places != list(range(len(tokens))):
+            tokens, scores = tokens[places], scores[places]
+        answer = fetch(scores, tokens == verdict.tokens[:, 0])
+
+        def learn() -> None:
+            known, right = answer()
+            self._forsake(requests, [score == -math.inf for score in known])
+            if self.learned is None:
+                return
+            for request, score, came_true in zip(requests, known, right, strict=True):
+                if (predicted := math.exp(score)) > 0:  # else nothing was to be drafted
+                    self.learned.observe(_told(request), predicted, came_true)
+            self.sigma = self.learned.points
+
+        return learn
 
     def _sigma(self, requests: list[Request], levels: int) -> Tensor:
         """Drafting temperatures, float32 [B, levels]."""
@@ -201,3 +263,15 @@ class Proposer:
         """Most drafted nodes of every request, int64 [B]; None where the shape is the only limit."""
         limits = [request.max_draft_nodes for request in requests]
         return on_device(limits, self.device) if min(limits) < shape.nodes - 1 else None
+
+
+def _first(pieces: list[Tensor], count: int) -> Iterator[Tensor]:
+    """The first ``count`` rows of all pieces together."""
+    for piece in pieces:
+        yield piece[:count]
+        count -= min(count, len(piece))
+
+
+def _told(request: Request) -> float:
+    """The temperature that the head is told of."""
+    return 0.0 if request.params.greedy else min(request.params.temperature, 1.0)

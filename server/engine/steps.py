@@ -4,7 +4,6 @@ import logging
 import math
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kernels.kv_commit import kv_commit
@@ -18,12 +17,12 @@ from server.engine.config import EngineError
 from server.engine.drafter import TreeShape
 from server.engine.grammar import constrain
 from server.engine.graphs import Graphs
-from server.engine.host import on_device
+from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Draft
 from server.engine.pool import by_width, narrowed, root_only, widened
-from server.engine.proposer import Proposer
+from server.engine.proposer import Ahead, Proposer
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
 from server.engine.target import Rows, Target
@@ -55,6 +54,7 @@ class Steps:
     def __init__(self, target: Target, proposer: Proposer, pool: BlockPool, cache: PagedTensors) -> None:
         self.target, self.proposer, self.pool, self.cache, self.device = target, proposer, pool, cache, target.device
         self.graphs: Graphs | None = None
+        self._ahead: Ahead | None = None  # that the last step drafted for the next
 
     def use_graphs(self, graphs: Graphs | None) -> None:
         """Replay what has fixed sizes: then requests draft together or not at all, and nothing waits for the device in between."""
@@ -67,11 +67,12 @@ class Steps:
 
         What requests gain is added to ``outputs``. If it raises, requests without an output there can be run again.
         """
+        ahead, self._ahead = self._ahead, None
         prefilling = [request for request in requests if request.prefilling]
         decoding = [request for request in requests if not request.prefilling]
         chunks = [request.token_ids[request.context_len : min(request.prefill_len, request.context_len + width)] for request in prefilling]
         prompts = [self._prompt_rows(prefilling, chunks)] if prefilling else []
-        batches = self._verifications(decoding, plan) if decoding else []
+        batches = self._verifications(decoding, plan, ahead) if decoding else []
         results = self.target.forward_parts([*prompts, *(batch.rows for batch in batches)], self.cache)
         first = self._first_tokens(prefilling, chunks, prompts[0], results[0][0]) if prefilling else None
         verdicts = [
@@ -82,7 +83,9 @@ class Steps:
         if prefilling:
             self._extend(prefilling, chunks, *results[0], stats)
         if first is not None:
-            outputs += self._commit(*first, stats)
+            complete, verdict, healthy, last = first
+            tokens, whole = fetch(verdict.tokens, healthy)()
+            outputs += self._commit(complete, verdict, tokens, whole, last, stats)
         for batch, (logits, features), (verdict, healthy) in zip(batches, results[len(prompts) :], verdicts, strict=True):
             outputs += self._settle(batch, logits, features, verdict, healthy, plan, stats)
 
@@ -129,10 +132,10 @@ class Steps:
             request.context_len += len(chunk)
             stats.prompt_tokens += len(chunk)
 
-    def _verifications(self, requests: list[Request], plan: Plan) -> list[Verification]:
+    def _verifications(self, requests: list[Request], plan: Plan, ahead: Ahead | None) -> list[Verification]:
         """Trees for those that draft, the roots alone for the others, but for text that a grammar demands."""
         if plan.drafting and plan.shape.nodes > 1 and self.graphs is not None:
-            return self._draft(requests, plan)
+            return self._draft(requests, plan, ahead)
         drafting, copying = (set(map(id, chosen)) if plan.shape.nodes > 1 else set() for chosen in (plan.drafting, plan.copying))
         by_head = [request for request in requests if id(request) in drafting]
         by_text = [request for request in requests if id(request) in copying]
@@ -147,17 +150,43 @@ class Steps:
         self, batch: Verification, logits: Tensor, features: Tensor | None, verdict: Verdict, healthy: Tensor, plan: Plan, stats: StepStats
     ) -> list[RequestOutput]:
         """Keep what was verified; logits [B * N, V]."""
-        if batch.tree.tokens.shape[1] > 1:
-            self._accept(batch, verdict, plan, stats)
-        if features is not None:
-            self._remember(batch.requests, features, verdict)
-        outputs = self._commit(batch.requests, verdict, healthy, logits.unflatten(0, batch.tree.tokens.shape), stats)
+        layout, is_tree = batch.rows.layout, batch.tree.tokens.shape[1] > 1
+        if is_tree:  # what survived moves to the front of the cache
+            kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
+        drafted = (batch.tree.tokens >= 0).sum(1) - 1 if is_tree else verdict.num_accepted
+        answer = fetch(verdict.tokens, healthy, drafted, verdict.num_accepted)
+        is_told = batch.places is not None and is_tree and (self.graphs is not None or self.proposer.learned is not None)
+        learn = self.proposer.tell(batch.requests, batch.places or [], verdict) if is_told else None
+        kept = None if features is None else self._kept(features, verdict)
+        self._ahead = None if features is None else self._go_ahead(batch, features, verdict, plan)
+        tokens, whole, nodes, accepted = answer()
+        if is_tree:
+            self._record(batch, nodes, accepted, plan, stats)
+        if learn is not None:
+            learn()
+        in_step = {id(request) for request in batch.requests if self._ahead is not None and request.num_pending == 0}
+        for i, request in enumerate(batch.requests):
+            if kept is not None and id(request) not in in_step:
+                request.pending.append(kept[i, : accepted[i] + 1])
+        outputs = self._commit(batch.requests, verdict, tokens, whole, logits.unflatten(0, batch.tree.tokens.shape), stats)
+        for request in batch.requests:
+            if id(request) in in_step:
+                request.draft_len = request.context_len
         if self.proposer.ngrams is not None and batch.drafts is not None:
             self.proposer.ngrams.learn(batch.drafts, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
         return outputs
 
-    def _draft(self, requests: list[Request], plan: Plan) -> list[Verification]:
+    def _go_ahead(self, batch: Verification, features: Tensor, verdict: Verdict, plan: Plan) -> Ahead | None:
+        """With graphs the head drafts for the next step while the host learns what became of this one."""
+        requests, drafted = batch.requests, batch.places is not None and batch.tree.tokens.shape[1] > 1
+        read = any(request.params.logprobs is not None for request in requests)  # graphs would overwrite these logits
+        if self.graphs is None or self.proposer.guesses is None or not (plan.lasting and drafted) or read:
+            return None
+        options = batch.options._replace(allowed=None)
+        return self.proposer.go_ahead(requests, batch.rows.layout, features, verdict, plan.shape, options, batch.noise)
+
+    def _draft(self, requests: list[Request], plan: Plan, ahead: Ahead | None = None) -> list[Verification]:
         """Trees for the requests; of one node each when there is nothing worth drafting. On a CPU, trees of like sizes go together."""
         if plan.shape.nodes > 1 and plan.shape.depth > 0:
             self.proposer.begin(requests)
@@ -165,8 +194,8 @@ class Steps:
         drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, shape.nodes)
         reach = max([shape.depth, *(draft.depth for draft in drafts or ())])
         options, noise = self._sampling(requests, reach)
-        tree = self.proposer.propose(requests, shape, options, noise, drafts)
-        plan.levels = self.proposer.drafter.levels if self.proposer.drafter else 1
+        tree = self.proposer.propose(requests, shape, options, noise, drafts, ahead)
+        plan.levels = self.proposer.levels if self.proposer.drafter else 1
         if self.graphs is None and not self.proposer.drafted(requests, tree):
             return [self._plain(requests, drafts)]
         groups = self._groups(tree)
@@ -225,41 +254,29 @@ class Steps:
         layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, live, self.pool.block_size, max_context)
         return Verification(requests, tree, reach, options, noise, drafts, Rows(tree.tokens.clamp(min=0), layout), places)
 
-    def _accept(self, batch: Verification, verdict: Verdict, plan: Plan, stats: StepStats) -> None:
-        """Move what survived to the front of the cache, and learn from it."""
-        layout = batch.rows.layout
-        kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
-        counts = torch.stack(((batch.tree.tokens >= 0).sum(1) - 1, verdict.num_accepted), dim=1).tolist()
-        if batch.places is not None and self.graphs is not None:
-            self.proposer.check(batch.requests)
-        for request, (drafted, accepted) in zip(batch.requests, counts, strict=True):
-            if drafted:
-                request.speculation.record(drafted, accepted, batch.reach)
-                stats.drafts.append((drafted, accepted))
+    def _record(self, batch: Verification, drafted: list[int], accepted: list[int], plan: Plan, stats: StepStats) -> None:
+        for request, nodes, kept in zip(batch.requests, drafted, accepted, strict=True):
+            if nodes:
+                request.speculation.record(nodes, kept, batch.reach)
+                stats.drafts.append((nodes, kept))
                 if batch.places is not None:
-                    plan.drafts.append((request, drafted, accepted))
+                    plan.drafts.append((request, nodes, kept))
         stats.tree_nodes = max(stats.tree_nodes, batch.tree.tokens.shape[1])
         if batch.places is not None:
             stats.draft_levels = plan.levels
-            self.proposer.learn(batch.requests, batch.places, verdict)
 
-    def _remember(self, requests: list[Request], features: Tensor, verdict: Verdict) -> None:
-        """Keep the features of the accepted nodes for the draft cache."""
+    def _kept(self, features: Tensor, verdict: Verdict) -> Tensor:
+        """The features of the accepted nodes, for the draft cache, [B, D + 1, 3 * H]."""
         if features.shape[1] == 1:
-            features = features.clone() if self.graphs is not None else features  # the next step overwrites them
-            for request, feature in zip(requests, features, strict=True):
-                request.pending.append(feature)
-            return
-        index = verdict.path.clamp(min=0)[:, :, None].expand(-1, -1, features.shape[2])
-        accepted = features.gather(1, index)
-        for i, (request, count) in enumerate(zip(requests, verdict.num_accepted.tolist(), strict=True)):
-            request.pending.append(accepted[i, : count + 1])
+            return features.clone() if self.graphs is not None else features  # the next step overwrites them
+        return features.gather(1, verdict.path.clamp(min=0)[:, :, None].expand(-1, -1, features.shape[2]))
 
-    def _commit(self, requests: list[Request], verdict: Verdict, healthy: Tensor, logits: Tensor, stats: StepStats) -> list[RequestOutput]:
+    def _commit(
+        self, requests: list[Request], verdict: Verdict, tokens: list[list[int]], healthy: list[bool], logits: Tensor, stats: StepStats
+    ) -> list[RequestOutput]:
         """Append the committed tokens to every request; a request that goes wrong here fails alone."""
         outputs = []
-        tokens = verdict.tokens.tolist()
-        for i, (request, ok) in enumerate(zip(requests, healthy.tolist(), strict=True)):
+        for i, (request, ok) in enumerate(zip(requests, healthy, strict=True)):
             committed = [token for token in tokens[i] if token >= 0]
             try:
                 if not ok:

@@ -4,10 +4,10 @@ import random
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from server.engine.drafter import TreeShape
 from server.engine.engine import Engine
+from server.engine.request import Request
 from server.engine.types import Tree
 from tests.kernels.trees import words
 
@@ -41,31 +41,27 @@ def random_tree(rng: random.Random, truth: list[int], shape: TreeShape, vocabula
 
 
 class Guide:
-    """Stands in for the drafter's ``grow``. ``futures``: prompt and output of every request, by id; a missing one is drafted at random.
+    """Stands in for the proposer's ``propose``. ``futures``: prompt and output of every request, by id; a missing one is drafted at random.
 
     ``vocabulary``: what wrong nodes hold, any token by default.
     """
 
     def __init__(self, engine: Engine, futures: Mapping[str, list[int]], vocabulary: Sequence[int] = ()) -> None:
-        self.engine, self.futures, self.rng = engine, futures, random.Random(0)
+        self.proposer, self.futures, self.rng = engine.proposer, futures, random.Random(0)
         self.vocabulary = vocabulary or range(engine.vocab_size)
         self.scattered = 0  # drafted true paths whose node indices are not 0, 1, 2, ...
         assert engine.proposer.drafter is not None
-        engine.proposer.drafter.grow = self.grow  # type: ignore[method-assign]
+        engine.proposer.propose = self.propose  # type: ignore[method-assign]
 
-    def grow(
-        self, rows: Tensor, roots: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape, *_: object
-    ) -> Tree:
-        requests = {request.row: request for request in self.engine.scheduler.running}
+    def propose(self, requests: list[Request], shape: TreeShape, *_: object) -> Tree:
+        self.proposer.sync_draft(requests)
         tokens, parents = [], []
-        for row, root, context in zip(rows.tolist(), roots.tolist(), context_lens.tolist(), strict=True):
-            request = requests[row]
-            assert request.token_ids[-1] == root
-            assert request.context_len == context == len(request.token_ids) - 1
+        for request in requests:
+            assert request.context_len == len(request.token_ids) - 1
             truth = self.futures.get(request.request_id, [])[len(request.token_ids) :]
             drafted, parent = random_tree(self.rng, truth, shape, self.vocabulary)
             self.scattered += bool(truth and drafted and drafted[0] != truth[0] and truth[0] in drafted)
-            tokens.append([root, *drafted])
+            tokens.append([request.token_ids[-1], *drafted])
             parents.append([0, *parent])
         ancestors, depth = words(parents)
         return Tree(torch.tensor(tokens), torch.tensor(parents), depth, ancestors)

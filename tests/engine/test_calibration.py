@@ -63,12 +63,12 @@ def test_parts_of_a_batch_learn_from_their_own_guesses(model: PreTrainedModel, m
     proposer, learned, told = engine.proposer, LearnedSigma(DEFAULT_SIGMA), []
     proposer.learned = learned
     monkeypatch.setattr(learned, "observe", lambda *said: told.append(said))
-    proposer.drafter.guesses = torch.tensor([7, 8, 9]), torch.tensor([0.25, 0.5, 0.75]).log()
+    proposer.guesses = torch.tensor([7, 8, 9]), torch.tensor([0.25, 0.5, 0.75]).log()
     params, tokenizer = SamplingParams(temperature=0), byte_tokenizer().backend_tokenizer
     requests = [Request.create(name, [1], params, 0, frozenset(), tokenizer, 260) for name in "ab"]
     none = torch.zeros(2, 1, dtype=torch.long)
-    proposer.learn(requests, [2, 0], Verdict(none, none[:, 0], torch.tensor([[9], [8]])))
-    assert told == [(0.0, 0.75, True), (0.0, 0.25, False)]
+    proposer.tell(requests, [2, 0], Verdict(none, none[:, 0], torch.tensor([[9], [8]])))()
+    assert told == [(0.0, pytest.approx(0.75), True), (0.0, pytest.approx(0.25), False)]
 
 
 def test_only_uncalibrated_heads_learn(model: PreTrainedModel) -> None:

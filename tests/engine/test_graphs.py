@@ -1,5 +1,6 @@
 """Steps by graphs, on a CPU: a recorder that computes again what was recorded, into the same tensors, stands in for CUDA's."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from server.engine import engine as engine_module
 from server.engine.costs import StepCost, measure_trees
-from server.engine.drafter import TreeShape
+from server.engine.drafter import Grown, TreeShape
 from server.engine.engine import Engine
 from server.engine.fixed_trees import FixedTreeRule
 from server.engine.graphs import MAX_GRAPHS, Graphs
 from server.engine.lean import LeanDecoder
-from server.engine.types import Grammar, SamplingParams
-from tests.engine.engines import Run, build, poisoned_model, random_head, run, tiny_model
+from server.engine.request import Request
+from server.engine.types import Grammar, SamplingParams, Tree
+from tests.engine.engines import Result, Run, build, poisoned_model, random_head, run, tiny_model
 
 MakeEngine = Callable[..., Engine]
 
@@ -207,6 +209,62 @@ def test_a_failing_target_ends_its_request_alone(recorded: Recorded) -> None:
             errors += [output.request_id] if output.finish_reason == "error" else []
     assert errors == ["poison"]
     assert [outputs["a"], outputs["b"]] == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafting_ahead_drafts_what_drafting_later_would(
+    temperature: float, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests come and end at different times; those that come have nothing drafted in their first step, if others have."""
+    requests = [
+        (demo_prompts[i], SamplingParams(max_tokens=20 + 7 * i, seed=i, temperature=temperature, ignore_eos=True)) for i in range(5)
+    ]
+
+    def drafted(ahead: bool) -> tuple[list[Result], dict[tuple[str, int], tuple]]:
+        engine = demo_engine(max_num_seqs=3, load_rule=False, ngrams=False)
+        propose, trees = engine.proposer.propose, {}
+
+        def record(batch: list[Request], *arguments: Any) -> Tree:
+            tree = propose(batch, *arguments)
+            for request, tokens, parents in zip(batch, tree.tokens.tolist(), tree.parent.tolist(), strict=True):
+                trees[request.request_id, len(request.token_ids)] = tokens, parents
+            return tree
+
+        monkeypatch.setattr(engine.proposer, "propose", record)
+        if not ahead:
+            monkeypatch.setattr(engine.steps, "_go_ahead", lambda *_: None)
+        return run(engine, requests), trees
+
+    (results, trees), (later, others) = drafted(ahead=True), drafted(ahead=False)
+    assert [result.token_ids for result in results] == [result.token_ids for result in later]
+    both = trees.keys() & others.keys()
+    new = {key for key in both if set(trees[key][0][1:]) == {-1}}
+    assert {key: trees[key] for key in both - new} == {key: others[key] for key in both - new}
+    assert 0 < len(new) < 5
+    assert len(both) > 10 * len(new)
+
+
+def test_where_drafting_ahead_fails_the_next_step_drafts(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [(prompt, SamplingParams(max_tokens=30, temperature=0)) for prompt in demo_prompts[:3]]
+    good = run(demo_engine(max_num_seqs=3, load_rule=False), requests)
+    engine, attempts = demo_engine(max_num_seqs=3, load_rule=False), itertools.count()
+    go_on = engine.proposer.drafter.go_on
+
+    def fails(*arguments: Any) -> Grown:
+        if next(attempts) % 2:
+            raise RuntimeError("no memory")
+        return go_on(*arguments)
+
+    monkeypatch.setattr(engine.proposer.drafter, "go_on", fails)
+    running = Run(engine)
+    for i, request in enumerate(requests):
+        running.add(str(i), *request)
+    results = list(running.finish().values())
+    assert [result.token_ids for result in results] == [result.token_ids for result in good]
+    assert [r.speculation.num_accepted_tokens for r in results] == [r.speculation.num_accepted_tokens for r in good]
+    assert sum(stats.failed_drafts for stats in running.stats) == next(attempts) // 2 > 2
 
 
 SHAPE = TreeShape(16, 5, 6)

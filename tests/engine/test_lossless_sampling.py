@@ -186,15 +186,13 @@ def test_a_head_that_knows_the_temperature(model: PreTrainedModel, expected: Tab
         assert head.temperature_shift is not None
         head.temperature_shift.copy_(shift * torch.randn(head.config.hidden_size, generator=torch.Generator().manual_seed(0)))
         engine = build(model, head, tree_nodes=16)
-        drafter = engine.proposer.drafter
-        assert drafter is not None
-        grow = drafter.grow
+        propose = engine.proposer.propose
 
         def record(*arguments: Any) -> Tree:
-            drafted.append(grow(*arguments))
+            drafted.append(propose(*arguments))
             return drafted[-1]
 
-        monkeypatch.setattr(drafter, "grow", record)
+        monkeypatch.setattr(engine.proposer, "propose", record)
         for i, result in enumerate(run(engine, [(prompt, OPTIONS[name]) for prompt in PROMPTS])):
             check(result, expected[name, i], OPTIONS[name])
         return [tree.tokens for tree in drafted]

@@ -33,7 +33,7 @@ from server.engine.drafter import TreeShape
 from server.engine.engine import Engine
 from server.engine.loading import load
 from server.engine.ngram import Draft
-from server.engine.proposer import Proposer
+from server.engine.proposer import Ahead, Proposer
 from server.engine.request import Request
 from server.engine.types import SamplingParams, Tree
 from tools.bench.arguments import PROMPTS, ROOT, add_model, complete_draft, positive, temperatures
@@ -71,8 +71,9 @@ class Deterministic(Proposer):
     """Drafts as if it did not know the noise."""
 
     def propose(
-        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None
-    ) -> Tree:
+        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None,
+        ahead: Ahead | None = None,
+    ) -> Tree:  # fmt: skip
         return super().propose(requests, shape, options, None, drafts)
 
 
