@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from kernels.gated_silu import gated_silu, gated_silu_reference
 from kernels.jit import compute_capability, jit, tl, triton
 
-FEW_ROWS = 32  # with more, the vendor's library is as fast
-PROGRAMS = 128  # at least, if the matrix has the rows for it: about one for every multiprocessor of a large GPU
+FEW_ROWS = 32  # with more, the vendor's library is as fast; so it is for matrices that narrow, whose programs are few and long
+PROGRAMS = 128  # about one for every multiprocessor of a large GPU
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -26,7 +26,8 @@ def gated_linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _few(layer: nn.Linear, x: Tensor) -> bool:
-    return x.is_cuda and x.numel() <= FEW_ROWS * layer.in_features and x.itemsize == 2 and not torch.is_grad_enabled()
+    few = x.is_cuda and x.numel() <= FEW_ROWS * layer.in_features and layer.in_features <= layer.out_features
+    return few and x.itemsize == 2 and not torch.is_grad_enabled()
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,12 +60,11 @@ class Tiles(NamedTuple):
 
 def choose_tiles(outputs: int, size: int, gated: bool, capability: int) -> Tiles:
     """The more outputs a program has, the less often x is read; but every multiprocessor should have work."""
-    block = 128 >> gated
-    while block > 32 and triton.cdiv(outputs, block) < PROGRAMS:
-        block //= 2
     roomy = capability // 10 in (9, 10)  # elsewhere shared memory is less than half as large
-    chunk, stages = (128, 4 if roomy else 2) if block << gated == 128 else (128, 5)
-    return Tiles(block, min(chunk, max(16, triton.next_power_of_2(size))), stages)
+    chunk = min(128 if roomy and not gated else 64, max(16, triton.next_power_of_2(size)))
+    if gated or triton.cdiv(outputs, 128) < PROGRAMS:
+        return Tiles(64, chunk, 4 if gated or not roomy else 5)
+    return Tiles(128, chunk, 4 if roomy else 3)
 
 
 def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:

@@ -1,5 +1,7 @@
 """What requests are to tensors: rows of the block tables, last tokens, lengths, chunks of their texts."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -14,15 +16,22 @@ def table_rows(requests: list[Request], device: torch.device) -> Tensor:
     return on_device([request.row for request in requests], device)
 
 
-def last_tokens(requests: list[Request], device: torch.device) -> Tensor:
-    """The roots of their trees, int64 [B]."""
-    return on_device([request.token_ids[-1] for request in requests], device)
+class Placed(NamedTuple):
+    """Where decoding requests stand, int64 [B]: their rows of the block tables, last committed tokens (the roots of their trees) and
+    committed lengths, and the longest of these.
+    """
+
+    rows: Tensor
+    roots: Tensor
+    lengths: Tensor
+    longest: int
 
 
-def context_lens(requests: list[Request], device: torch.device) -> tuple[Tensor, int]:
-    """Committed lengths, int64 [B], and the longest."""
+def placed(requests: list[Request], device: torch.device) -> Placed:
     lengths = [request.context_len for request in requests]
-    return on_device(lengths, device), max(lengths)
+    rows, roots = [request.row for request in requests], [request.token_ids[-1] for request in requests]
+    in_order = on_device([rows, roots, lengths], device)  # in one transfer
+    return Placed(in_order[0], in_order[1], in_order[2], max(lengths))
 
 
 def causal_chunk(pool: BlockPool, requests: list[Request], starts: list[int], chunks: list[list[int]]) -> tuple[Tensor, TreeLayout]:

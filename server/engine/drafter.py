@@ -17,8 +17,6 @@ from server.engine.kv_cache import PagedTensors
 from server.engine.pool import Pool
 from server.engine.types import Verdict
 
-RECORDED_ROWS = 16  # of a request: more are those of a prompt, whose lengths are too many to record
-
 
 class TreeShape(NamedTuple):
     """How much to draft, at most: ``nodes`` verified (root included), ``depth`` levels, ``topk`` nodes expanded a level. Without levels
@@ -63,7 +61,7 @@ class Grown(NamedTuple):
 
 class Drafter:
     """A head with its cache. ``state`` [1 + rows, H]: what each request's last committed draft row returned; the first is nobody's, for
-    graphs to fill up a batch. ``graphs``: replays the head.
+    graphs to fill up a batch. ``graphs``: replays what is drafted; prompts and what catches up with them have too many lengths to record.
     """
 
     def __init__(self, head: Eagle3Head, blocks: int, block_size: int, max_seqs: int) -> None:
@@ -97,11 +95,7 @@ class Drafter:
         [M]. last int64 [B]: each request's last row, which alone goes beyond keys and values, at logical slot ``lengths`` int64 [B] of at
         most ``max_context``; temperature float32 [B]: the requests', clamped to [0, 1].
         """
-        arguments = rows + 1, features, tokens, positions, slots, last, block_tables, lengths, temperature
-        if self.graphs is None or len(tokens) > RECORDED_ROWS * len(rows):
-            self._extend(*arguments, max_context)
-        else:
-            self.graphs.run(self._extend, *arguments, max_context=graph_context(max_context))
+        self._extend(rows + 1, features, tokens, positions, slots, last, block_tables, lengths, temperature, max_context)
 
     def _extend(
         self, rows: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,

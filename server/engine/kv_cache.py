@@ -95,7 +95,7 @@ class BlockPool:
         for _ in range(missing):
             block = self._take()
             self._owners[block] += 1
-            self.tables[row, len(owned)] = block
+            self.tables[row, len(owned)].fill_(block)  # an assignment would wait for the device
             owned.append(block)
         return True
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.best_nodes import best_nodes
+from kernels.merge_pools import merge_pools
 from kernels.tree_mask import tree_mask
 from server.engine.types import Tree
 
@@ -26,19 +27,8 @@ class Pool(NamedTuple):
 
 
 def merge(pool: Pool, others: Pool, levels: int) -> Pool:
-    """One pool of both. A path that both have is one node, with the larger score; ``levels``: how deep the shallower of them is."""
-    drafted = pool.scores.shape[1]
-    own = torch.arange(drafted + 1, drafted + 1 + others.scores.shape[1], device=pool.scores.device).expand_as(others.tokens)
-    root = torch.zeros_like(own[:, :1])
-    places = own  # of the others' nodes in the joined pool
-    parents = torch.cat((root, places), dim=1).gather(1, others.parents)
-    for _ in range(levels):  # nodes are the same when their parents are, and their tokens
-        same = (pool.parents[:, None] == parents[:, :, None]) & (pool.tokens[:, None] == others.tokens[:, :, None])
-        places = torch.where(same.any(2), same.int().argmax(2) + 1, own)
-        parents = torch.cat((root, places), dim=1).gather(1, others.parents)
-    scores = torch.cat((pool.scores, torch.full_like(others.scores, float("-inf"))), dim=1)
-    scores = scores.scatter_reduce(1, places - 1, others.scores, "amax")
-    return Pool(scores, torch.cat((pool.tokens, others.tokens), dim=1), torch.cat((pool.parents, parents), dim=1))
+    """One pool of both, see ``merge_pools``; ``levels``: how deep the shallower of them is."""
+    return Pool(*merge_pools(*pool, *others, levels))
 
 
 def limited(scores: Tensor, limits: Tensor | None) -> Tensor:

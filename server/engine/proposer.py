@@ -14,7 +14,7 @@ from drafts.eagle3 import DraftTemperature
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_layout import TreeLayout
-from server.engine.batch import context_lens, last_tokens, table_rows
+from server.engine.batch import Placed
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
 from server.engine.drafter import Drafter, Grown, TreeShape
@@ -155,52 +155,47 @@ class Proposer:
             return None
 
     def propose(
-        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None,
-        ahead: Ahead | None = None,
+        self, requests: list[Request], at: Placed, shape: TreeShape, options: SamplingBatch, noise: Noise | None,
+        drafts: list[Draft] | None, ahead: Ahead | None = None,
     ) -> Tree:  # fmt: skip
         """The draft's trees, with what texts propose (``drafts``) and what was drafted ``ahead``; the roots alone when there is nothing to
         draft, or when drafting fails: a draft is never needed.
         """
-        roots = last_tokens(requests, self.device)
         self.guesses = None
         if shape.nodes == 1:
-            return root_only(roots)
+            return root_only(at.roots)
         try:
             if self.drafter is None or shape.depth == 0:
-                return self.copy(requests, shape, drafts)
+                return self.copy(at.roots, shape, drafts)
             self._sync_drafting(requests)
             limits = self._limits(requests, shape)
-            pool, depth, self.guesses = (ahead and ahead.of(requests)) or self._grown(self.drafter, requests, shape, options, noise, limits)
+            grown = ahead and ahead.of(requests)
+            if grown is None:
+                sigma, temperature, tables = self._sigma(requests, shape.depth), self._temperature(requests), self.pool.tables[at.rows]
+                grown = self.drafter.grow(at.rows, tables, at.lengths, at.longest, shape, options, noise, sigma, temperature, limits)
+            pool, depth, self.guesses = grown
             self.levels = depth
             if guesses := Candidates.of(drafts):
-                pool = merge(pool, guesses.pool.to(roots.device), min(depth, guesses.depth))
+                pool = merge(pool, guesses.pool.to(self.device), min(depth, guesses.depth))
                 depth = max(depth, guesses.depth)
-            return best_tree(roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
+            return best_tree(at.roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
         except torch.AcceleratorError:  # unlike a shortage of memory, it comes back with every further call
             raise
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
             self.failed += 1
-            return root_only(roots)
-
-    def _grown(
-        self, drafter: Drafter, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None,
-        limits: Tensor | None,
-    ) -> Grown:  # fmt: skip
-        lengths, max_context = context_lens(requests, self.device)
-        rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
-        return drafter.grow(rows, self.pool.tables[rows], lengths, max_context, shape, options, noise, sigma, temperature, limits)
+            return root_only(at.roots)
 
     def go_ahead(
-        self, requests: list[Request], layout: TreeLayout, features: Tensor, verdict: Verdict, shape: TreeShape, options: SamplingBatch,
-        noise: Noise | None,
+        self, requests: list[Request], rows: Tensor, layout: TreeLayout, features: Tensor, verdict: Verdict, shape: TreeShape,
+        options: SamplingBatch, noise: Noise | None,
     ) -> Ahead | None:  # fmt: skip
         """Bring the draft caches that had come to the contexts of ``layout`` up to what the ``verdict`` commits, and draft from there,
-        while the host does not know it. None when that fails; then they are where they were.
+        while the host does not know it; rows int64 [B]: of the block tables. None when that fails; then they are where they were.
         """
         assert self.drafter is not None
         try:
-            rows, sigma, temperature = table_rows(requests, self.device), self._sigma(requests, shape.depth), self._temperature(requests)
+            sigma, temperature = self._sigma(requests, shape.depth), self._temperature(requests)
             tables, lengths, longest = layout.block_tables, layout.context_lens, layout.max_context
             grown = self.drafter.go_on(rows, features, verdict, tables, lengths, longest, shape, options, noise, sigma, temperature)
             return Ahead(requests, grown)
@@ -211,9 +206,8 @@ class Proposer:
             self.failed += 1
             return None
 
-    def copy(self, requests: list[Request], shape: TreeShape, drafts: list[Draft] | None) -> Tree:
-        """Trees of what the requests' own texts propose, the roots alone when that fails."""
-        roots = last_tokens(requests, self.device)
+    def copy(self, roots: Tensor, shape: TreeShape, drafts: list[Draft] | None) -> Tree:
+        """Trees of what the requests' own texts propose, the roots alone when that fails; roots int64 [B]: their last tokens."""
         try:
             guesses = Candidates.of(drafts)
             if guesses is None:

@@ -11,7 +11,7 @@ from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
-from server.engine.batch import causal_chunk, context_lens, last_tokens, table_rows
+from server.engine.batch import Placed, causal_chunk, placed
 from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.drafter import TreeShape
@@ -39,6 +39,7 @@ class Verification(NamedTuple):
     """
 
     requests: list[Request]
+    at: Placed
     tree: Tree
     reach: int
     options: SamplingBatch
@@ -113,7 +114,7 @@ class Steps:
         done = [requests[i] for i in complete]
         last = (logits if rows.keep is not None else logits[self._last_rows(rows.tokens, chunks)])[complete, None]  # [B, 1, V]
         options, noise = self._sampling(done, 0)
-        tree, options = constrain(done, root_only(last_tokens(done, self.device)), options, self.target.vocab_size)
+        tree, options = constrain(done, root_only(placed(done, self.device).roots), options, self.target.vocab_size)
         return done, *_verify(tree, 0, last, options, noise), last
 
     def _extend(self, requests: list[Request], chunks: list[list[int]], logits: Tensor, features: Tensor | None, stats: StepStats) -> None:
@@ -143,7 +144,7 @@ class Steps:
         return [
             *(self._draft(by_head, plan) if by_head else []),
             *(self._copy(by_text, plan) if by_text else []),
-            *([self._plain(quiet, plan.guesses_of(quiet))] if quiet else []),
+            *([self._plain(quiet, placed(quiet, self.device), plan.guesses_of(quiet))] if quiet else []),
         ]
 
     def _settle(
@@ -184,35 +185,39 @@ class Steps:
         if self.graphs is None or self.proposer.guesses is None or not (plan.lasting and drafted) or read:
             return None
         options = batch.options._replace(allowed=None)
-        return self.proposer.go_ahead(requests, batch.rows.layout, features, verdict, plan.shape, options, batch.noise)
+        return self.proposer.go_ahead(requests, batch.at.rows, batch.rows.layout, features, verdict, plan.shape, options, batch.noise)
 
     def _draft(self, requests: list[Request], plan: Plan, ahead: Ahead | None = None) -> list[Verification]:
         """Trees for the requests; of one node each when there is nothing worth drafting. On a CPU, trees of like sizes go together."""
+        at = placed(requests, self.device)
         if plan.shape.nodes > 1 and plan.shape.depth > 0:
             self.proposer.begin(requests)
         shape = plan.shape if self.graphs else _allowed(requests, plan.shape)
-        drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, shape.nodes)
+        # The device waits for what is looked up here: not for what hardly finds a place beside the head's nodes.
+        price = 1 / shape.nodes if self.graphs and self.proposer.drafter else 0.0
+        drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, shape.nodes, price)
         reach = max([shape.depth, *(draft.depth for draft in drafts or ())])
         options, noise = self._sampling(requests, reach)
-        tree = self.proposer.propose(requests, shape, options, noise, drafts, ahead)
+        tree = self.proposer.propose(requests, at, shape, options, noise, drafts, ahead)
         plan.levels = self.proposer.levels if self.proposer.drafter else 1
         if self.graphs is None and not self.proposer.drafted(requests, tree):
-            return [self._plain(requests, drafts)]
+            return [self._plain(requests, at, drafts)]
         groups = self._groups(tree)
         if len(groups) == 1:
-            return [self._verification(requests, tree, reach, options, noise, drafts, groups[0])]
+            return [self._verification(requests, at, tree, reach, options, noise, drafts, groups[0])]
         return [self._part(requests, tree, drafts, places, places) for places in groups]
 
     def _copy(self, requests: list[Request], plan: Plan) -> list[Verification]:
         """Trees of what the requests' own texts propose, which costs nothing to make; if the rule has not looked, what grammars demand."""
         drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, plan.shape.nodes, math.inf)
-        tree = self.proposer.copy(requests, plan.shape, drafts)
+        at = placed(requests, self.device)
+        tree = self.proposer.copy(at.roots, plan.shape, drafts)
         if tree.tokens.shape[1] == 1:
-            return [self._plain(requests, drafts)]
+            return [self._plain(requests, at, drafts)]
         groups = self._groups(tree)
         if len(groups) == 1:
             reach = max(draft.depth for draft in drafts or ())
-            return [self._verification(requests, tree, reach, *self._sampling(requests, reach), drafts, None)]
+            return [self._verification(requests, at, tree, reach, *self._sampling(requests, reach), drafts, None)]
         return [self._part(requests, tree, drafts, places, None) for places in groups]
 
     def _groups(self, tree: Tree) -> list[list[int]]:
@@ -228,12 +233,11 @@ class Steps:
         members, part = [requests[i] for i in group], narrowed(tree, group)
         reach = int(part.depth.max())
         own = [drafts[i] for i in group] if drafts else None
-        return self._verification(members, part, reach, *self._sampling(members, reach), own, places)
+        return self._verification(members, placed(members, self.device), part, reach, *self._sampling(members, reach), own, places)
 
-    def _plain(self, requests: list[Request], drafts: list[Draft] | None) -> Verification:
+    def _plain(self, requests: list[Request], at: Placed, drafts: list[Draft] | None) -> Verification:
         """The roots alone; ``drafts`` are not verified, and yet it is learned whether they would have come true."""
-        tree = root_only(last_tokens(requests, self.device))
-        return self._verification(requests, tree, 0, *self._sampling(requests, 0), drafts, None)
+        return self._verification(requests, at, root_only(at.roots), 0, *self._sampling(requests, 0), drafts, None)
 
     def _sampling(self, requests: list[Request], reach: int) -> tuple[SamplingBatch, Noise | None]:
         """Options of the requests, and the noise of trees of depth ``reach``."""
@@ -241,18 +245,17 @@ class Steps:
         return batch_options(requests, vocab_size, self.device), batch_noise(requests, reach + 1, vocab_size, self.device)
 
     def _verification(
-        self, requests: list[Request], tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None,
-        places: list[int] | None,
+        self, requests: list[Request], at: Placed, tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None,
+        drafts: list[Draft] | None, places: list[int] | None,
     ) -> Verification:  # fmt: skip
         tree, options = constrain(requests, widened(tree) if self.graphs else tree, options, self.target.vocab_size)
-        lengths, max_context = context_lens(requests, self.device)
         # Padding costs nothing on a GPU, where finding it would make the host wait.
         live = None if self.graphs is not None or self.device.type == "cuda" else tree.tokens >= 0
         if live is not None and bool(live.all()):
             live = None
-        tables = self.pool.tables[table_rows(requests, self.device)]
-        layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, live, self.pool.block_size, max_context)
-        return Verification(requests, tree, reach, options, noise, drafts, Rows(tree.tokens.clamp(min=0), layout), places)
+        tables = self.pool.tables[at.rows]
+        layout = TreeLayout(tables, at.lengths, tree.depth, tree.ancestors, live, self.pool.block_size, at.longest)
+        return Verification(requests, at, tree, reach, options, noise, drafts, Rows(tree.tokens.clamp(min=0), layout), places)
 
     def _record(self, batch: Verification, drafted: list[int], accepted: list[int], plan: Plan, stats: StepStats) -> None:
         for request, nodes, kept in zip(batch.requests, drafted, accepted, strict=True):
@@ -281,7 +284,9 @@ class Steps:
             try:
                 if not ok:
                     raise FloatingPointError("the target's logits are NaN")
-                output = request.commit(committed, _path_logprobs(request, logits[i], verdict.path[i], committed))
+                read = request.params.logprobs
+                logprobs = None if read is None else token_logprobs(logits[i][verdict.path[i, : len(committed)]], committed, read)
+                output = request.commit(committed, logprobs)
             except Exception as error:
                 if not isinstance(error, EngineError):  # which the client is told
                     logger.exception("request %s failed", request.request_id)
@@ -302,10 +307,3 @@ def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, 
     """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V]."""
     *verdict, healthy = tree_verify(logits, options, noise, *tree, max_depth)
     return Verdict(*verdict), healthy
-
-
-def _path_logprobs(request: Request, logits: Tensor, path: Tensor, committed: list[int]) -> list[TokenLogprob] | None:
-    """Log-probabilities of the committed tokens under the target's raw distribution; logits [N, V], path int64 [D + 1]."""
-    if request.params.logprobs is None:
-        return None
-    return token_logprobs(logits[path[: len(committed)]], committed, request.params.logprobs)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from server.engine.batch import Placed
 from server.engine.drafter import TreeShape
 from server.engine.engine import Engine
 from server.engine.request import Request
@@ -53,7 +54,7 @@ class Guide:
         assert engine.proposer.drafter is not None
         engine.proposer.propose = self.propose  # type: ignore[method-assign]
 
-    def propose(self, requests: list[Request], shape: TreeShape, *_: object) -> Tree:
+    def propose(self, requests: list[Request], at: Placed, shape: TreeShape, *_: object) -> Tree:
         self.proposer.sync_draft(requests)
         tokens, parents = [], []
         for request in requests:

@@ -6,6 +6,7 @@ import torch
 
 from kernels.best_nodes import best_nodes_reference, best_nodes_triton
 from kernels.draft_level import draft_level_reference, draft_level_triton
+from kernels.merge_pools import merge_pools_reference, merge_pools_triton
 from kernels.noise import Noise, NoiseKey
 from kernels.sampling import SamplingBatch
 from tests.kernels.check_tree_verify import random_options, to_device
@@ -50,24 +51,37 @@ def check_draft_level(
         assert torch.equal(mine[apart], other[apart])
 
 
-def check_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, node_price: float, device: str) -> None:
-    """Pools as a drafter makes them, with ties, dead children and children as good as their parent."""
-    rng = random.Random(seed)
+def random_pools(rng: random.Random, batch: int, topk: int, levels: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scores, tokens and parents as a drafter makes them, with ties, dead children and children as good as their parent."""
     pools = []
     for _ in range(batch):
-        scores, parents, rows = [], [], [(0, 0.0)]
+        scores, parents, tokens, rows = [], [], [], [(0, 0.0)]
         for _ in range(levels):
             first = len(scores) + 1
             for parent, score in rows:
-                for _ in range(topk):
+                for token in rng.sample(range(vocab), topk):
                     scores.append(score - rng.choice([0.0, 0.5, 0.5, 1.0, 3.0, float("inf")]))
                     parents.append(parent)
+                    tokens.append(token)
             rows = sorted(((i + 1, scores[i]) for i in range(first - 1, len(scores))), key=lambda row: -row[1])[:topk]
-        pools.append((scores, parents))
-    scores = torch.tensor([pool[0] for pool in pools])
-    parents = torch.tensor([pool[1] for pool in pools])
-    tokens = torch.randint(0, 1000, scores.shape, generator=torch.Generator().manual_seed(seed))
-    arguments = [part.to(device) for part in (torch.arange(batch), scores, tokens, parents)]
+        pools.append((scores, tokens, parents))
+    scores, tokens, parents = zip(*pools, strict=True)
+    return torch.tensor(scores), torch.tensor(tokens), torch.tensor(parents)
+
+
+def check_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, node_price: float, device: str) -> None:
+    pool = random_pools(random.Random(seed), batch, topk, levels, 1000)
+    arguments = [part.to(device) for part in (torch.arange(batch), *pool)]
     ours, expected = (choose(*arguments, nodes, node_price) for choose in (best_nodes_triton, best_nodes_reference))
+    for mine, other in zip(ours, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def check_merge_pools(seed: int, batch: int, topk: tuple[int, int], levels: tuple[int, int], device: str) -> None:
+    """So few tokens that many paths are in both."""
+    rng = random.Random(seed)
+    first, second = (random_pools(rng, batch, k, n, max(topk) + 2) for k, n in zip(topk, levels, strict=True))
+    arguments = [part.to(device) for part in (*first, *second)]
+    ours, expected = (merge(*arguments, min(levels)) for merge in (merge_pools_triton, merge_pools_reference))
     for mine, other in zip(ours, expected, strict=True):
         assert torch.equal(mine, other)

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from drafts.eagle3 import Eagle3Head
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
+from server.engine.batch import Placed
 from server.engine.config import EngineConfig, EngineError
 from server.engine.costs import StepCost
 from server.engine.drafter import TreeShape
@@ -71,10 +72,10 @@ class Deterministic(Proposer):
     """Drafts as if it did not know the noise."""
 
     def propose(
-        self, requests: list[Request], shape: TreeShape, options: SamplingBatch, noise: Noise | None, drafts: list[Draft] | None,
-        ahead: Ahead | None = None,
+        self, requests: list[Request], at: Placed, shape: TreeShape, options: SamplingBatch, noise: Noise | None,
+        drafts: list[Draft] | None, ahead: Ahead | None = None,
     ) -> Tree:  # fmt: skip
-        return super().propose(requests, shape, options, None, drafts)
+        return super().propose(requests, at, shape, options, None, drafts)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import best_nodes, draft_level
+from kernels import best_nodes, draft_level, merge_pools
 from kernels.noise import Noise, NoiseKey
 from kernels.sampling import SamplingBatch
 from tests.kernels.compile_only import SHARED_LIMIT, check_launches
@@ -30,3 +30,11 @@ def test_best_nodes_compiles(capability: int, tmp_path: Path) -> None:
     drafted = torch.zeros(BATCH, TOPK + 7 * TOPK**2, dtype=torch.long)
     arguments = (drafted[:, 0], drafted.float(), drafted, drafted, 64, 0.0)
     check_launches(best_nodes, lambda: best_nodes.best_nodes_triton(*arguments), capability, tmp_path)
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+@pytest.mark.parametrize("more", [15, 63])
+def test_merge_pools_compiles(more: int, capability: int, tmp_path: Path) -> None:
+    drafted, others = torch.zeros(BATCH, TOPK + 7 * TOPK**2, dtype=torch.long), torch.zeros(BATCH, more, dtype=torch.long)
+    arguments = (drafted.float(), drafted, drafted, others.float(), others, others, 8)
+    check_launches(merge_pools, lambda: merge_pools.merge_pools_triton(*arguments), capability, tmp_path)

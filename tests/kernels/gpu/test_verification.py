@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.kernels.check_draft_level import check_best_nodes, check_draft_level
+from tests.kernels.check_draft_level import check_best_nodes, check_draft_level, check_merge_pools
 from tests.kernels.check_tree_verify import check_filter_cuts, check_noise, check_ties_infinities_and_nan, check_tree_verify
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -53,3 +53,9 @@ def test_best_nodes(topk: int, levels: int, nodes: int, node_price: float) -> No
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_ties_infinities_and_nan(dtype: torch.dtype) -> None:
     check_ties_infinities_and_nan(dtype, "cuda")
+
+
+@pytest.mark.parametrize(("topk", "levels"), [((4, 2), (3, 5)), ((8, 3), (8, 3)), ((6, 1), (7, 63))], ids=["small", "large", "chain"])
+def test_merge_pools(topk: tuple[int, int], levels: tuple[int, int]) -> None:
+    for seed in range(3):
+        check_merge_pools(seed, 5, topk, levels, "cuda")
