@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.gated_silu import gated_silu, gated_silu_reference
-from kernels.jit import await_inputs, compute_capability, jit, overlap, tl, triton
+from kernels.jit import compute_capability, jit, tl, triton
 
 FEW_ROWS = 32  # with more, the vendor's library is as fast; so it is for matrices that narrow, whose programs are few and long
-AHEAD = 8  # times 128 bytes of every row of a matrix are asked for before its turn
 PROGRAMS = 128  # about one for every multiprocessor of a large GPU
 
 
@@ -74,23 +73,16 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tens
     tiles = choose_tiles(outputs, size, gated, compute_capability(x.device))
     out = x.new_empty(*x.shape[:-1], outputs)
     linear_kernel[(triton.cdiv(outputs, tiles.outputs),)](
-        x.contiguous(), weight, bias, out, rows, outputs, size, 16 if rows <= 16 else 32, *tiles[:2], size % tiles.chunk == 0, gated, AHEAD,
-        num_warps=4, num_stages=tiles.stages, **overlap(x.device),
+        x.contiguous(), weight, bias, out, rows, outputs, size, 16 if rows <= 16 else 32, *tiles[:2], size % tiles.chunk == 0, gated,
+        num_warps=4, num_stages=tiles.stages,
     )  # fmt: skip
     return out
 
 
 @jit
-def to_cache(pointers: tl.tensor) -> None:
-    """Begin to bring the 128 bytes around each pointer to the L2 cache."""
-    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@jit
 def linear_kernel(
     x: tl.tensor, weight: tl.tensor, bias: tl.tensor, out: tl.tensor, rows: tl.tensor, outputs: tl.tensor, size: tl.tensor,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr, AHEAD: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr, GATED: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per tile of outputs, which it computes for all rows; x [rows, size], weight [outputs, size], twice as many if GATED."""
     output = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
@@ -98,13 +90,6 @@ def linear_kernel(
     is_output, is_row = output < outputs, row < rows
     own = weight + output[:, None].to(tl.int64) * size + entry[None, :]
     of_x = x + row[None, :] * size + entry[:, None]
-    if OVERLAP:  # the weights do not depend on the kernel ahead, which often leaves the memory idle
-        line = tl.minimum(tl.arange(0, AHEAD) * (128 // weight.dtype.element_ty.primitive_bitwidth * 8), size - 1)
-        first_lines = weight + tl.minimum(output, outputs - 1)[:, None].to(tl.int64) * size + line[None, :]
-        to_cache(first_lines)
-        if GATED:
-            to_cache(first_lines + outputs.to(tl.int64) * size)
-        await_inputs()
     sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     up_sums = tl.zeros([OUTPUTS, ROWS], tl.float32)
     for first in range(0, size, CHUNK):

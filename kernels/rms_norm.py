@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import await_inputs, jit, overlap, tl, triton
+from kernels.jit import jit, tl, triton
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -46,20 +46,16 @@ def rms_norm_triton(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float)
     out, size = torch.empty_like(x), x.shape[-1]
     block = triton.next_power_of_2(size)
     delta = None if delta is None else delta.contiguous()
-    rms_norm_kernel[(x.numel() // size,)](
-        x, delta, weight, total, out, eps, size, block, num_warps=min(8, max(1, block // 512)), **overlap(x.device)
-    )
+    rms_norm_kernel[(x.numel() // size,)](x, delta, weight, total, out, eps, size, block, num_warps=min(8, max(1, block // 512)))
     return total, out
 
 
 @jit
 def rms_norm_kernel(
     x: tl.tensor, delta: tl.tensor, weight: tl.tensor, total: tl.tensor, out: tl.tensor, eps: tl.tensor,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per row. The sum is rounded before it is normed, as it is where it is stored first."""
-    if OVERLAP:
-        await_inputs()
     entry = tl.arange(0, BLOCK)
     inside = entry < SIZE
     place = tl.program_id(0).to(tl.int64) * SIZE + entry

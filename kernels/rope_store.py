@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.jit import await_inputs, jit, overlap, tl, triton
+from kernels.jit import jit, tl, triton
 
 HEADS_PER_PROGRAM = 8
 
@@ -55,7 +55,6 @@ def rope_store_triton(
     rope_store_kernel[rows, triton.cdiv(heads + 2 * kv_heads, HEADS_PER_PROGRAM)](
         qk, v, cos.contiguous(), sin.contiguous(), slots, None if live is None else live.contiguous(), k_cache, v_cache, q,
         qk.stride(0), v.stride(0), heads, kv_heads, size // 2, triton.next_power_of_2(size // 2), HEADS_PER_PROGRAM, num_warps=2,
-        **overlap(qk.device),
     )  # fmt: skip
     return q
 
@@ -64,11 +63,9 @@ def rope_store_triton(
 def rope_store_kernel(
     qk: tl.tensor, v: tl.tensor, cos: tl.tensor, sin: tl.tensor, slots: tl.tensor, live: tl.tensor, k_cache: tl.tensor,
     v_cache: tl.tensor, q: tl.tensor, qk_row: tl.tensor, v_row: tl.tensor,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, OVERLAP: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (row, ``COUNT`` heads of q, k and v in this order)."""
-    if OVERLAP:
-        await_inputs()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * COUNT + tl.arange(0, COUNT)
     half = tl.arange(0, BLOCK)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jit import await_inputs, compute_capability, jit, overlap, tl, triton
+from kernels.jit import compute_capability, jit, tl, triton
 from kernels.tree_layout import TreeLayout
 
 LOG2_E = 1.4426950408889634
@@ -121,12 +121,11 @@ def tree_attention_triton(
         rows, layout.first_column, layout.block_tables.stride(0), layout.depth.stride(0), *q.stride()[:3], *tiles[2:4],
         kv_heads, heads // kv_heads, size, max(16, triton.next_power_of_2(size)), layout.block_size, words, sliding_window,
         q.dtype != torch.float32 and k_cache.numel() < 2**31, *tiles[:2], num_warps=tiles.warps, num_stages=tiles.stages,
-        **overlap(q.device),
     )  # fmt: skip
     if lse is not None:
         combine_kernel[triton.cdiv(rows * heads, COMBINED), batch](
             parts, lse, layout.context_lens, out, layout.first_column + rows, rows * heads, *tiles[2:4],
-            size, max(16, triton.next_power_of_2(size)), sliding_window, COMBINED, tiles.columns, num_warps=1, **overlap(q.device),
+            size, max(16, triton.next_power_of_2(size)), sliding_window, COMBINED, tiles.columns, num_warps=1,
         )  # fmt: skip
     return out
 
@@ -143,14 +142,12 @@ def tree_attention_kernel(
     q_request: tl.tensor, q_row: tl.tensor, q_head: tl.tensor, min_split: tl.tensor, max_splits: tl.tensor,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     WORDS: tl.constexpr, WINDOW: tl.constexpr, SMALL: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (tile of rows and KV head, split, request); a row is one head of the group at one new row.
 
     Scores are raw * scale in powers of two, raw being q K^T, or its tanh where there is an inner scale (soft-cap).
     """
-    if OVERLAP:
-        await_inputs()
     tile, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     split, request = tl.program_id(1), tl.program_id(2).to(tl.int64)
     context = tl.load(context_lens + request).to(tl.int32)
@@ -280,11 +277,8 @@ def attend(
 def combine_kernel(
     parts: tl.tensor, lse: tl.tensor, context_lens: tl.tensor, out: tl.tensor, new: tl.tensor, count: tl.tensor, min_split: tl.tensor,
     max_splits: tl.tensor, SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, WINDOW: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per (tile of a request's ``count`` outputs, request): the splits' results, weighted by their share of the softmax."""
-    if OVERLAP:
-        await_inputs()
     request = tl.program_id(1).to(tl.int64)
     context = tl.load(context_lens + request).to(tl.int32)
     begin, end, length = split_columns(context, new, min_split, max_splits, COLUMNS, WINDOW)
