@@ -71,7 +71,7 @@ def _places(point: str, service: "Service") -> Iterator[tuple[Any, str]]:
         case "step":
             yield engine, "step"
         case "prefill":
-            yield steps, "_prompt_rows"
+            yield module, "prompt_rows"
         case "draft":
             if proposer.drafter is not None:
                 yield proposer.drafter.head, "logits"

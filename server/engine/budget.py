@@ -48,7 +48,7 @@ class Plan:
     batch: int = 0
     copying: list[Request] = field(default_factory=list)
     guesses: dict[str, Draft] | None = None
-    lasting: bool = True
+    lasting: bool = False
     rows: int = 0
     levels: int = 0
     drafts: list[tuple[Request, int, int]] = field(default_factory=list)

@@ -34,7 +34,7 @@ class TreeShape(NamedTuple):
     @property
     def lookahead(self) -> int:
         """Slots after the committed context that a step writes to: the verified nodes, or what is drafted after the accepted ones."""
-        return 1 if self.nodes == 1 else max(self.nodes, self.depth + 1 + self.expanded)
+        return max(self.nodes, self.depth + 1 + self.expanded)
 
     @property
     def expanded(self) -> int:

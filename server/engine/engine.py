@@ -174,7 +174,7 @@ class Engine:
             price = None if overlapped else self.load_rule.lookup_price(decoding)
             guesses = None if price is None else self.proposer.look_up(decoding, self.shape.nodes, price)
             return self.load_rule.choose(decoding, guesses)
-        return Plan(self.shape, [request for request in decoding if request.max_draft_nodes > 0])
+        return Plan(self.shape, [request for request in decoding if request.max_draft_nodes > 0], lasting=True)
 
     def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:
         """Do the work and end what it ended; if it raises, do it anew for each request that has nothing from it, alone, so that only those

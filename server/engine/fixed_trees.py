@@ -46,7 +46,8 @@ class FixedTreeRule(LoadRule):
         shape = self.shape.shrunk(nodes)
         bound = [] if worthwhile else [request for request in able if request.matcher is not None]
         hoped = max(1.0, gain(nodes)) if self._drafting else 1.0
-        return Plan(shape, able if worthwhile else [], hoped, batch, bound, lasting=self._drafting > 0)
+        lasting = self._drafting > 0 or (not worthwhile and self._since_probe + 1 < self._interval)
+        return Plan(shape, able if worthwhile else [], hoped, batch, bound, lasting=lasting)
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
         if plan.drafts:

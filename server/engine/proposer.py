@@ -5,7 +5,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,42 +13,20 @@ from drafts.eagle3 import DraftTemperature
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_layout import TreeLayout
+from server.engine.ahead import Drafted
 from server.engine.batch import Placed
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_temperature import level_sigmas
-from server.engine.drafter import Drafter, Grown, TreeShape
+from server.engine.drafter import Drafter, TreeShape
 from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.ngram import Candidates, Draft, Ngrams
-from server.engine.pool import Pool, best_tree, limited, merge, root_only
+from server.engine.pool import best_tree, limited, merge, root_only
 from server.engine.request import Request
 from server.engine.types import Tree, Verdict
 
 logger = logging.getLogger(__name__)
-IMPROBABLE = -1e9  # score of a guess that nobody has made, and that no NaN has prevented
 MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off
-
-
-class Ahead(NamedTuple):
-    """What the head has drafted for ``requests`` before the host knew how their texts go on."""
-
-    requests: list[Request]
-    grown: Grown
-
-    def of(self, requests: list[Request]) -> Grown | None:
-        """The same of ``requests``, nothing for those that are new; None where most are."""
-        places = {id(request): place for place, request in enumerate(self.requests)}
-        index = [places.get(id(request), -1) for request in requests]
-        if index == list(range(len(self.requests))):
-            return self.grown
-        if 2 * index.count(-1) > len(index):
-            return None
-        pool, device = self.grown.pool, self.grown.pool.scores.device
-        chosen, new = on_device([max(place, 0) for place in index], device), on_device([place < 0 for place in index], device)
-        pool = Pool(*(part[chosen] for part in pool))
-        pool = pool._replace(scores=pool.scores.masked_fill(new[:, None], float("-inf")))
-        tokens, scores = self.grown.guesses
-        return Grown(pool, self.grown.levels, (tokens[chosen], scores[chosen].masked_fill(new, IMPROBABLE)))
 
 
 class Proposer:
@@ -156,7 +133,7 @@ class Proposer:
 
     def propose(
         self, requests: list[Request], at: Placed, shape: TreeShape, options: SamplingBatch, noise: Noise | None,
-        drafts: list[Draft] | None, ahead: Ahead | None = None,
+        drafts: list[Draft] | None, ahead: Drafted | None = None,
     ) -> Tree:  # fmt: skip
         """The draft's trees, with what texts propose (``drafts``) and what was drafted ``ahead``; the roots alone when there is nothing to
         draft, or when drafting fails: a draft is never needed.
@@ -189,7 +166,7 @@ class Proposer:
     def go_ahead(
         self, requests: list[Request], rows: Tensor, layout: TreeLayout, features: Tensor, verdict: Verdict, shape: TreeShape,
         options: SamplingBatch, noise: Noise | None,
-    ) -> Ahead | None:  # fmt: skip
+    ) -> Drafted | None:  # fmt: skip
         """Bring the draft caches that had come to the contexts of ``layout`` up to what the ``verdict`` commits, and draft from there,
         while the host does not know it; rows int64 [B]: of the block tables. None when that fails; then they are where they were.
         """
@@ -198,7 +175,7 @@ class Proposer:
             sigma, temperature = self._sigma(requests, shape.depth), self._temperature(requests)
             tables, lengths, longest = layout.block_tables, layout.context_lens, layout.max_context
             grown = self.drafter.go_on(rows, features, verdict, tables, lengths, longest, shape, options, noise, sigma, temperature)
-            return Ahead(requests, grown)
+            return Drafted(requests, grown)
         except torch.AcceleratorError:
             raise
         except Exception:

@@ -2,8 +2,10 @@
 
 import logging
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from kernels.kv_commit import kv_commit
@@ -11,22 +13,24 @@ from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
 from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
-from server.engine.batch import Placed, causal_chunk, placed
+from server.engine.ahead import Drafted, Passed
+from server.engine.batch import Placed, placed
 from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.drafter import TreeShape
 from server.engine.grammar import constrain
 from server.engine.graphs import Graphs
-from server.engine.host import fetch, on_device
+from server.engine.host import fetch
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.ngram import Draft
 from server.engine.pool import by_width, narrowed, root_only, widened
-from server.engine.proposer import Ahead, Proposer
+from server.engine.prompts import extend, last_rows, prompt_rows
+from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
 from server.engine.target import Rows, Target
-from server.engine.types import RequestOutput, StepStats, TokenLogprob, Tree, Verdict
+from server.engine.types import RequestOutput, StepStats, Tree, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,7 @@ class Verification(NamedTuple):
     drafts: list[Draft] | None
     rows: Rows
     places: list[int] | None
+    passed: Passed | None = None  # where the forward pass was made ahead
 
 
 class Steps:
@@ -55,7 +60,7 @@ class Steps:
     def __init__(self, target: Target, proposer: Proposer, pool: BlockPool, cache: PagedTensors) -> None:
         self.target, self.proposer, self.pool, self.cache, self.device = target, proposer, pool, cache, target.device
         self.graphs: Graphs | None = None
-        self._ahead: Ahead | None = None  # that the last step drafted for the next
+        self._ahead: Drafted | Passed | None = None  # what the last step began of the next one
 
     def use_graphs(self, graphs: Graphs | None) -> None:
         """Replay what has fixed sizes: then requests draft together or not at all, and nothing waits for the device in between."""
@@ -72,33 +77,27 @@ class Steps:
         prefilling = [request for request in requests if request.prefilling]
         decoding = [request for request in requests if not request.prefilling]
         chunks = [request.token_ids[request.context_len : min(request.prefill_len, request.context_len + width)] for request in prefilling]
-        prompts = [self._prompt_rows(prefilling, chunks)] if prefilling else []
+        prompts = [prompt_rows(self.pool, prefilling, chunks)] if prefilling else []
         batches = self._verifications(decoding, plan, ahead) if decoding else []
-        results = self.target.forward_parts([*prompts, *(batch.rows for batch in batches)], self.cache)
+        rows = [*prompts, *(batch.rows for batch in batches if batch.passed is None)]
+        results = self.target.forward_parts(rows, self.cache) if rows else []
+        verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results[len(prompts) :]
         first = self._first_tokens(prefilling, chunks, prompts[0], results[0][0]) if prefilling else None
         verdicts = [
             _verify(batch.tree, batch.reach, logits.unflatten(0, batch.tree.tokens.shape), batch.options, batch.noise)
-            for batch, (logits, _) in zip(batches, results[len(prompts) :], strict=True)
+            for batch, (logits, _) in zip(batches, verified, strict=True)
         ]
         # Nothing above changes a request, so that a failure can be tried again for each one alone.
         if prefilling:
-            self._extend(prefilling, chunks, *results[0], stats)
+            extend(prefilling, chunks, *results[0])
+            stats.prompt_tokens += sum(map(len, chunks))
         if first is not None:
             complete, verdict, healthy, last = first
             tokens, whole = fetch(verdict.tokens, healthy)()
             outputs += self._commit(complete, verdict, tokens, whole, last, stats)
-        for batch, (logits, features), (verdict, healthy) in zip(batches, results[len(prompts) :], verdicts, strict=True):
-            outputs += self._settle(batch, logits, features, verdict, healthy, plan, stats)
-
-    def _prompt_rows(self, requests: list[Request], chunks: list[list[int]]) -> Rows:
-        """The next chunk of every prompt; the logits of its last row, or of all where some request wants them."""
-        tokens, layout = causal_chunk(self.pool, requests, [request.context_len for request in requests], chunks)
-        if any(request.prompt_alternatives is not None for request in requests):
-            return Rows(tokens, layout)
-        return Rows(tokens, layout, self._last_rows(tokens, chunks))
-
-    def _last_rows(self, tokens: Tensor, chunks: list[list[int]]) -> Tensor:
-        return on_device([i * tokens.shape[1] + len(chunk) - 1 for i, chunk in enumerate(chunks)], self.device)
+        for batch, (logits, features), (verdict, healthy) in zip(batches, verified, verdicts, strict=True):
+            lasting = plan.lasting and len(batch.requests) == len(decoding)
+            outputs += self._settle(batch, logits, features, verdict, healthy, plan, lasting, stats)
 
     def _first_tokens(
         self, requests: list[Request], chunks: list[list[int]], rows: Rows, logits: Tensor
@@ -112,31 +111,19 @@ class Steps:
         if not complete:
             return None
         done = [requests[i] for i in complete]
-        last = (logits if rows.keep is not None else logits[self._last_rows(rows.tokens, chunks)])[complete, None]  # [B, 1, V]
+        last = (logits if rows.keep is not None else logits[last_rows(rows.tokens, chunks)])[complete, None]  # [B, 1, V]
         options, noise = self._sampling(done, 0)
         tree, options = constrain(done, root_only(placed(done, self.device).roots), options, self.target.vocab_size)
         return done, *_verify(tree, 0, last, options, noise), last
 
-    def _extend(self, requests: list[Request], chunks: list[list[int]], logits: Tensor, features: Tensor | None, stats: StepStats) -> None:
-        """Note what the chunks have computed; logits as ``_prompt_rows`` asked for them."""
-        width = max(map(len, chunks))
-        reports: list[list[TokenLogprob]] = [[] for _ in requests]
-        for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
-            if request.prompt_alternatives is not None:
-                following = request.token_ids[request.context_len + 1 : request.context_len + len(chunk) + 1]
-                reports[i] = token_logprobs(logits[i * width :][: len(following)], following, request.prompt_alternatives)
-        # Only now, when nothing can fail any more, are requests changed.
-        for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
-            request.prompt_logprobs += reports[i]
-            if features is not None:
-                request.pending.append(features[i, : len(chunk)])
-            request.context_len += len(chunk)
-            stats.prompt_tokens += len(chunk)
-
-    def _verifications(self, requests: list[Request], plan: Plan, ahead: Ahead | None) -> list[Verification]:
+    def _verifications(self, requests: list[Request], plan: Plan, ahead: Drafted | Passed | None) -> list[Verification]:
         """Trees for those that draft, the roots alone for the others, but for text that a grammar demands."""
         if plan.drafting and plan.shape.nodes > 1 and self.graphs is not None:
-            return self._draft(requests, plan, ahead)
+            return self._draft(requests, plan, ahead if isinstance(ahead, Drafted) else None)
+        passed = ahead.of(requests) if isinstance(ahead, Passed) and _is_plain(plan) else None
+        if passed is not None:
+            batch = self._plain(passed.requests, placed(passed.requests, self.device), plan.guesses_of(passed.requests))
+            return [batch._replace(passed=passed)]
         drafting, copying = (set(map(id, chosen)) if plan.shape.nodes > 1 else set() for chosen in (plan.drafting, plan.copying))
         by_head = [request for request in requests if id(request) in drafting]
         by_text = [request for request in requests if id(request) in copying]
@@ -148,9 +135,10 @@ class Steps:
         ]
 
     def _settle(
-        self, batch: Verification, logits: Tensor, features: Tensor | None, verdict: Verdict, healthy: Tensor, plan: Plan, stats: StepStats
-    ) -> list[RequestOutput]:
-        """Keep what was verified; logits [B * N, V]."""
+        self, batch: Verification, logits: Tensor, features: Tensor | None, verdict: Verdict, healthy: Tensor, plan: Plan, lasting: bool,
+        stats: StepStats,
+    ) -> list[RequestOutput]:  # fmt: skip
+        """Keep what was verified; logits [B * N, V]. ``lasting``: the next step will probably be of this kind, for these requests."""
         layout, is_tree = batch.rows.layout, batch.tree.tokens.shape[1] > 1
         if is_tree:  # what survived moves to the front of the cache
             kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
@@ -159,13 +147,13 @@ class Steps:
         is_told = batch.places is not None and is_tree and (self.graphs is not None or self.proposer.learned is not None)
         learn = self.proposer.tell(batch.requests, batch.places or [], verdict) if is_told else None
         kept = None if features is None else self._kept(features, verdict)
-        self._ahead = None if features is None else self._go_ahead(batch, features, verdict, plan)
+        ahead = self._go_ahead(batch, features, verdict, plan) if lasting else None
         tokens, whole, nodes, accepted = answer()
         if is_tree:
             self._record(batch, nodes, accepted, plan, stats)
         if learn is not None:
             learn()
-        in_step = {id(request) for request in batch.requests if self._ahead is not None and request.num_pending == 0}
+        in_step = {id(request) for request in batch.requests if isinstance(ahead, Drafted) and request.num_pending == 0}
         for i, request in enumerate(batch.requests):
             if kept is not None and id(request) not in in_step:
                 request.pending.append(kept[i, : accepted[i] + 1])
@@ -176,18 +164,36 @@ class Steps:
         if self.proposer.ngrams is not None and batch.drafts is not None:
             self.proposer.ngrams.learn(batch.drafts, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
+        self._ahead = ahead
         return outputs
 
-    def _go_ahead(self, batch: Verification, features: Tensor, verdict: Verdict, plan: Plan) -> Ahead | None:
-        """With graphs the head drafts for the next step while the host learns what became of this one."""
-        requests, drafted = batch.requests, batch.places is not None and batch.tree.tokens.shape[1] > 1
-        read = any(request.params.logprobs is not None for request in requests)  # graphs would overwrite these logits
-        if self.graphs is None or self.proposer.guesses is None or not (plan.lasting and drafted) or read:
+    def _go_ahead(self, batch: Verification, features: Tensor | None, verdict: Verdict, plan: Plan) -> Drafted | Passed | None:
+        """With graphs the device begins with the next step while the host learns what became of this one."""
+        requests = batch.requests
+        # Graphs would overwrite logits that are still to be read.
+        if self.graphs is None or any(request.params.logprobs is not None for request in requests):
+            return None
+        if _is_plain(plan):
+            return self._pass_ahead(batch, verdict)
+        if features is None or self.proposer.guesses is None or batch.places is None or batch.tree.tokens.shape[1] == 1:
             return None
         options = batch.options._replace(allowed=None)
         return self.proposer.go_ahead(requests, batch.at.rows, batch.rows.layout, features, verdict, plan.shape, options, batch.noise)
 
-    def _draft(self, requests: list[Request], plan: Plan, ahead: Ahead | None = None) -> list[Verification]:
+    def _pass_ahead(self, batch: Verification, verdict: Verdict) -> Passed | None:
+        """The forward pass over the tokens that a step of plain decoding commits."""
+        layout = batch.rows.layout
+        following = replace(layout, context_lens=layout.context_lens + 1, max_context=layout.max_context + 1, _masks={})
+        try:
+            [(logits, features)] = self.target.forward_parts([Rows(verdict.tokens.clamp(min=0), following)], self.cache)
+            return Passed(batch.requests, [request.context_len + 1 for request in batch.requests], logits, features)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("the next step's forward pass could not be made ahead; it is made in its turn")
+            return None
+
+    def _draft(self, requests: list[Request], plan: Plan, ahead: Drafted | None = None) -> list[Verification]:
         """Trees for the requests; of one node each when there is nothing worth drafting. On a CPU, trees of like sizes go together."""
         at = placed(requests, self.device)
         if plan.shape.nodes > 1 and plan.shape.depth > 0:
@@ -307,3 +313,8 @@ def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, 
     """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V]."""
     *verdict, healthy = tree_verify(logits, options, noise, *tree, max_depth)
     return Verdict(*verdict), healthy
+
+
+def _is_plain(plan: Plan) -> bool:
+    """Whether nobody verifies more than a root."""
+    return plan.shape.nodes == 1 or not (plan.drafting or plan.copying)

@@ -209,16 +209,17 @@ def test_an_exception_between_two_commits_loses_nothing(
     engine: Engine, expected: list[list[int]], place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts that end, trees and plain rows of one step: what one kind gained stays when another fails, and is not gained twice."""
-    from server.engine import steps
+    from server.engine import prompts, steps
 
-    right, calls = getattr(steps, place), itertools.count()
+    module = prompts if place == "token_logprobs" else steps
+    right, calls = getattr(module, place), itertools.count()
 
     def sometimes(*args: object) -> object:
         if next(calls) % 3 == 1:
             raise RuntimeError("injected")
         return right(*args)
 
-    monkeypatch.setattr(steps, place, sometimes)
+    monkeypatch.setattr(module, place, sometimes)
     monkeypatch.setattr(engine, "_plan", lambda requests: Plan(engine.shape, requests[::2]))
     going = Run(engine)
     for i, (prompt, params) in enumerate(zip(PROMPTS, PARAMS, strict=True)):
@@ -320,8 +321,8 @@ def test_what_can_never_run_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(EngineError, match="'x'"):
         engine.add_request("x", [1], SamplingParams())
     tiny_pool = build(model, kv_cache_memory=engine.steps.target.kv_bytes_per_token * 4 * 6)
-    assert tiny_pool.max_request_tokens == 5 * 4 - 1
-    with pytest.raises(EngineError, match="can hold 19"):
+    assert tiny_pool.max_request_tokens == 5 * 4 - 2
+    with pytest.raises(EngineError, match="can hold 18"):
         tiny_pool.add_request("y", [1] * 10, SamplingParams(max_tokens=10))
     with pytest.raises(EngineError, match="kv_cache_memory of 100 bytes"):
         build(model, kv_cache_memory=100)

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from server.engine import engine as engine_module
+from server.engine.ahead import Passed
 from server.engine.costs import StepCost, measure_trees
 from server.engine.drafter import Grown, TreeShape
 from server.engine.engine import Engine
 from server.engine.fixed_trees import FixedTreeRule
 from server.engine.graphs import MAX_GRAPHS, Graphs
+from server.engine.kv_cache import PagedTensors
 from server.engine.lean import LeanDecoder
 from server.engine.request import Request
+from server.engine.target import Rows, Target
 from server.engine.types import Grammar, SamplingParams, Tree
 from tests.engine.engines import Result, Run, build, poisoned_model, random_head, run, tiny_model
 
@@ -265,6 +268,71 @@ def test_where_drafting_ahead_fails_the_next_step_drafts(
     assert [result.token_ids for result in results] == [result.token_ids for result in good]
     assert [r.speculation.num_accepted_tokens for r in results] == [r.speculation.num_accepted_tokens for r in good]
     assert sum(stats.failed_drafts for stats in running.stats) == next(attempts) // 2 > 2
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_passes_are_made_ahead_of_plain_steps(
+    head: bool, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of every kind come and end at different times, two are aborted, and a pass fails now and then."""
+    requests = [
+        (demo_prompts[i], SamplingParams(**{"max_tokens": 9 + 5 * (i % 7), "seed": i, **KINDS[i % len(KINDS)], "max_draft_nodes": 0}))
+        for i in range(3 * len(KINDS))
+        if "logprobs" not in KINDS[i % len(KINDS)] or i < len(KINDS)
+    ]
+    used, passes = [], itertools.count()
+    of, forward_parts = Passed.of, Target.forward_parts
+
+    def spied(passed: Passed, others: list[Request]) -> Passed | None:
+        found = of(passed, others)
+        used.append((len(others), len(passed.requests), 0 if found is None else len(found.requests)))
+        return found
+
+    def fails(target: Target, parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
+        if next(passes) % 20 == 19:
+            raise RuntimeError("no memory")
+        return forward_parts(target, parts, cache)
+
+    monkeypatch.setattr(Passed, "of", spied)
+    engine = demo_engine(head=head, max_num_seqs=4, load_rule=False)
+    monkeypatch.setattr(Target, "forward_parts", fails)
+    running = Run(engine)
+    for name in ("aborted", "aborted too"):
+        running.add(name, demo_prompts[0], SamplingParams(max_tokens=120, temperature=0))
+    for i, request in enumerate(requests):
+        running.add(str(i), *request)
+    for step in range(30):
+        running.step()
+        if step in (10, 17):
+            engine.abort("aborted" if step == 10 else "aborted too")
+    results = running.finish()
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: None)
+    monkeypatch.setattr(Target, "forward_parts", forward_parts)
+    plain = run(demo_engine(head=False, max_num_seqs=4), requests)
+    assert [results[str(i)].token_ids for i in range(len(requests))] == [result.token_ids for result in plain]
+    assert sum(wanted == held == found for wanted, held, found in used) > 20, "the whole batch goes on"
+    assert any(found < held for _, held, found in used), "some have ended"
+    assert any(found < wanted for wanted, _, found in used), "some are new"
+    assert len(used) < next(passes), "and the others were made in their turn"
+
+
+def test_a_pass_made_ahead_is_for_one_place(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
+    """As after a step that failed at the end, and is done again."""
+    engine = demo_engine(head=False, max_num_seqs=2)
+    for i in range(2):
+        engine.add_request(str(i), demo_prompts[i], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    ahead = engine.steps._ahead
+    assert isinstance(ahead, Passed)
+    first, second = ahead.requests
+    assert ahead.of([first, second]) is ahead
+    first.context_len -= 1
+    found = ahead.of([first, second])
+    assert found is not None
+    assert found.requests == [second]
+    assert torch.equal(found.logits, ahead.logits[1:])
+    assert ahead.of([first]) is None
 
 
 SHAPE = TreeShape(16, 5, 6)

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from drafts.eagle3 import Eagle3Head
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
+from server.engine.ahead import Drafted
 from server.engine.batch import Placed
 from server.engine.config import EngineConfig, EngineError
 from server.engine.costs import StepCost
@@ -34,7 +35,7 @@ from server.engine.drafter import TreeShape
 from server.engine.engine import Engine
 from server.engine.loading import load
 from server.engine.ngram import Draft
-from server.engine.proposer import Ahead, Proposer
+from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.types import SamplingParams, Tree
 from tools.bench.arguments import PROMPTS, ROOT, add_model, complete_draft, positive, temperatures
@@ -73,7 +74,7 @@ class Deterministic(Proposer):
 
     def propose(
         self, requests: list[Request], at: Placed, shape: TreeShape, options: SamplingBatch, noise: Noise | None,
-        drafts: list[Draft] | None, ahead: Ahead | None = None,
+        drafts: list[Draft] | None, ahead: Drafted | None = None,
     ) -> Tree:  # fmt: skip
         return super().propose(requests, at, shape, options, None, drafts)
 

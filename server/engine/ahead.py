@@ -1,0 +1,60 @@
+"""What the device does for the next step of some requests before the host knows how their texts go on."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from server.engine.drafter import Grown
+from server.engine.host import on_device
+from server.engine.pool import Pool
+from server.engine.request import Request
+
+IMPROBABLE = -1e9  # score of a guess that nobody has made, and that no NaN has prevented
+
+
+class Drafted(NamedTuple):
+    """The head has drafted."""
+
+    requests: list[Request]
+    grown: Grown
+
+    def of(self, requests: list[Request]) -> Grown | None:
+        """The same of ``requests``, nothing for those that are new; None where most are."""
+        index = _places(requests, self.requests)
+        if index == list(range(len(self.requests))):
+            return self.grown
+        if 2 * index.count(-1) > len(index):
+            return None
+        device = self.grown.pool.scores.device
+        chosen, new = on_device([max(place, 0) for place in index], device), on_device([place < 0 for place in index], device)
+        pool = Pool(*(part[chosen] for part in self.grown.pool))
+        pool = pool._replace(scores=pool.scores.masked_fill(new[:, None], float("-inf")))
+        tokens, scores = self.grown.guesses
+        return Grown(pool, self.grown.levels, (tokens[chosen], scores[chosen].masked_fill(new, IMPROBABLE)))
+
+
+class Passed(NamedTuple):
+    """The target has computed the rows of the next tokens, which stand at ``lengths``; logits [B, V], features [B, 1, 3 * H]."""
+
+    requests: list[Request]
+    lengths: list[int]
+    logits: Tensor
+    features: Tensor | None
+
+    def of(self, requests: list[Request]) -> "Passed | None":
+        """Of those of ``requests`` that it holds; the others' turn is a step later. None where it holds none."""
+        known = [place for place in _places(requests, self.requests) if place >= 0]
+        index = [place for place in known if self.requests[place].context_len == self.lengths[place]]
+        if index == list(range(len(self.requests))):
+            return self
+        if not index:
+            return None
+        chosen = on_device(index, self.logits.device)
+        features = None if self.features is None else self.features[chosen]
+        return Passed([self.requests[i] for i in index], [self.lengths[i] for i in index], self.logits[chosen], features)
+
+
+def _places(requests: list[Request], known: list[Request]) -> list[int]:
+    """Of ``requests`` among the ``known`` ones, -1: not there."""
+    places = {id(request): place for place, request in enumerate(known)}
+    return [places.get(id(request), -1) for request in requests]
