@@ -20,10 +20,18 @@ LEAN = ("llama", "mistral", "qwen2", "qwen3")
 class LeanDecoder(nn.Module):
     """The forward pass of a model of ``LEAN`` types, of whose weights nothing is held twice; ``model`` itself stays usable."""
 
+    _cos: Tensor
+    _sin: Tensor
+
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         body: Any = model.model
-        self.embed_tokens, self.rotary_emb = body.embed_tokens, body.rotary_emb
+        self.embed_tokens = body.embed_tokens
+        with torch.no_grad():  # of every position at once: in a step it would be a dozen small operations
+            everywhere = torch.arange(model.config.max_position_embeddings, device=model.device)
+            cos, sin = (part[0, :, None] for part in body.rotary_emb(self.embed_tokens.weight[:1], everywhere[None]))
+        self.register_buffer("_cos", cos.contiguous(), persistent=False)  # [positions, 1, D]
+        self.register_buffer("_sin", sin.contiguous(), persistent=False)
         self.layers = nn.ModuleList(LeanLayer(layer) for layer in body.layers)
         self._norms = (*(layer.input_layernorm for layer in body.layers), body.norm)  # each reads what the layer before it returns
         self.lm_head = model.get_output_embeddings()
@@ -33,7 +41,7 @@ class LeanDecoder(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """tokens, positions int64 [T] -> logits [T or K, V] of the rows ``keep`` int64 [K], and what the layers ``taps`` read, [T, H]."""
         hidden = F.embedding(tokens, self.embed_tokens.weight)
-        cos, sin = (part[0, :, None] for part in self.rotary_emb(hidden, positions[None]))
+        cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         delta: Any = None
         read = {}
         for i, (layer, norm) in enumerate(zip(self.layers, self._norms, strict=False)):
