@@ -7,13 +7,14 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from kernels.best_nodes import best_nodes
 from kernels.draft_level import draft_level
@@ -38,17 +39,24 @@ DEVICE, DTYPE = "cuda", torch.bfloat16
 
 @dataclass(frozen=True)
 class Case:
-    """``run`` moves ``bytes`` at least; ``baseline`` is what one would run instead of the kernel, where there is something."""
+    """``run`` moves ``bytes`` at least; ``baseline`` is what one would run instead of the kernel, where there is something.
+
+    ``kernels``: those whose own times are wanted too, where ``run`` launches several.
+    """
 
     name: str
     bytes: int
     run: Callable[[], object]
     baseline: Callable[[], object] | None = None
+    kernels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table; ``share_of_copy``: of the rate at which this GPU copies, bytes read and written counted."""
+    """One line of the table; ``share_of_copy``: of the rate at which this GPU copies, bytes read and written counted.
+
+    ``kernels``: microseconds of single ones, without what lies between them.
+    """
 
     name: str
     microseconds: float | None
@@ -56,6 +64,7 @@ class Row:
     gigabytes_per_second: float | None = None
     share_of_copy: float | None = None
     baseline_microseconds: float | None = None
+    kernels: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
 
@@ -76,6 +85,18 @@ def microseconds(run: Callable[[], object]) -> float:
         cold.amax()  # read, not written: what is written would still have to leave the cache
         times.append(_timed(graph.replay))
     return median(times)
+
+
+def kernel_microseconds(run: Callable[[], object], names: tuple[str, ...]) -> dict[str, float]:
+    """Of single kernels, on average."""
+    run()
+    torch.cuda.synchronize()
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(REPLAYS):
+            run()
+        torch.cuda.synchronize()
+    averages = {event.key: event.self_device_time_total / max(1, event.count) for event in profiled.key_averages()}
+    return {name: averages[name] for name in names if name in averages}
 
 
 def _timed(run: Callable[[], object]) -> float:
@@ -151,6 +172,7 @@ def drafting(batch: int = 32, topk: int = 8) -> Iterator[Case]:
             logits.nbytes,
             lambda noise=noise: draft_level(logits, options, noise, 2, ones, target_ids, scores, topk),  # type: ignore[misc]
             lambda: logits.float().log_softmax(-1).topk(topk),
+            ("segments_kernel", "row_children_kernel", "best_children_kernel"),
         )
     drafted = topk + 7 * topk**2
     pool = torch.randn(batch, drafted, device=DEVICE).cumsum(1).neg()
@@ -248,9 +270,10 @@ def measure(case: Case, copy: float) -> Row:
         time = microseconds(case.run)
         rate = case.bytes / time / 1000
         baseline = microseconds(case.baseline) if case.baseline else None
+        kernels = kernel_microseconds(case.run, case.kernels) if case.kernels else {}
     except Exception as error:  # one kernel's failure must not hide the others' times
         return Row(case.name, None, case.bytes, error=f"{type(error).__name__}: {error}"[:500])
-    return Row(case.name, time, case.bytes, rate, rate / copy, baseline)
+    return Row(case.name, time, case.bytes, rate, rate / copy, baseline, kernels)
 
 
 def table(rows: list[Row]) -> str:
@@ -261,6 +284,7 @@ def table(rows: list[Row]) -> str:
             continue
         line = f"{row.name:48}{row.microseconds:10.1f}{row.bytes / 1e6:10.2f}{row.gigabytes_per_second:8.0f}{row.share_of_copy:9.0%}"
         lines.append(line + ("" if row.baseline_microseconds is None else f"{row.baseline_microseconds:13.1f}"))
+        lines += [f"  of which {name:37}{time:10.1f}" for name, time in row.kernels.items()]
     return "\n".join(lines)
 
 

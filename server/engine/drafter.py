@@ -128,8 +128,8 @@ class Drafter:
             return Grown.of(self._levels(*arguments, noise, sigma, temperature, limits, shape, max_context))
         return Grown.of(
             self.graphs.run(
-                self._static_levels, *arguments, noise and noise.key, sigma, temperature, limits,
-                shape=shape, max_context=graph_context(max_context), vocab_size=noise.vocab_size if noise else 0,
+                self._static_levels, *arguments, _key(noise, rows), sigma, temperature, limits,
+                shape=shape, max_context=graph_context(max_context),
             )
         )  # fmt: skip
 
@@ -147,15 +147,13 @@ class Drafter:
         return Grown.of(
             self.graphs.run(
                 self._go_on, rows + 1, features, path, tokens, verdict.num_accepted, block_tables, context_lens, options,
-                noise and noise.key, sigma, temperature,
-                shape=shape, max_context=graph_context(max_context + width), vocab_size=noise.vocab_size if noise else 0,
+                _key(noise, rows), sigma, temperature, shape=shape, max_context=graph_context(max_context + width),
             )
         )  # fmt: skip
 
     def _go_on(
         self, rows: Tensor, features: Tensor, path: Tensor, tokens: Tensor, accepted: Tensor, block_tables: Tensor, context_lens: Tensor,
-        options: SamplingBatch, key: NoiseKey | None, sigma: Tensor, temperature: Tensor, shape: TreeShape, max_context: int,
-        vocab_size: int,
+        options: SamplingBatch, key: NoiseKey, sigma: Tensor, temperature: Tensor, shape: TreeShape, max_context: int,
     ) -> tuple[Pool, ...]:  # fmt: skip
         """``go_on``; ``rows`` are places in ``state``. What is no accepted row comes to slots that are written before they are read."""
         width = path.shape[1]
@@ -166,16 +164,16 @@ class Drafter:
         features, tokens = features.flatten(0, 1), tokens.clamp(min=0).flatten()
         ends = context_lens + accepted
         self._extend(rows, features, tokens, positions.flatten(), slots.flatten(), last, block_tables, ends, temperature, max_context)
-        key = key and key._replace(positions=key.positions + accepted + 1)
-        return self._static_levels(rows, block_tables, ends + 1, options, key, sigma, temperature, None, shape, max_context, vocab_size)
+        key = key._replace(positions=key.positions + accepted + 1)
+        return self._static_levels(rows, block_tables, ends + 1, options, key, sigma, temperature, None, shape, max_context)
 
     def _static_levels(
-        self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, options: SamplingBatch, key: NoiseKey | None, sigma: Tensor,
-        temperature: Tensor, limits: Tensor | None, shape: TreeShape, max_context: int, vocab_size: int,
+        self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, options: SamplingBatch, key: NoiseKey, sigma: Tensor,
+        temperature: Tensor, limits: Tensor | None, shape: TreeShape, max_context: int,
     ) -> tuple[Pool, ...]:  # fmt: skip
         """``_levels`` as a function for graphs; without prices, which would make it depend on values."""
         assert shape.level_price == shape.node_price == 0
-        noise = None if key is None else Noise(key, shape.depth, vocab_size)
+        noise = Noise(key, shape.depth, self.head.config.vocab_size)
         return self._levels(rows, block_tables, context_lens, options, noise, sigma, temperature, limits, shape, max_context)
 
     def _levels(
@@ -228,3 +226,8 @@ def _worthwhile(scores: Tensor, parents: Tensor, shape: TreeShape) -> int:
     bought = (worth * kept - shape.node_price).clamp(min=0.0).sum()
     *columns, gain = torch.cat((survival.sum(0), bought[None])).tolist()
     return sum(tokens >= shape.node_price * len(scores) for tokens in columns) if gain >= shape.level_price else 0
+
+
+def _key(noise: Noise | None, rows: Tensor) -> NoiseKey:
+    """The noise's, or that of no noise at all: what is recorded serves greedy and other requests."""
+    return noise.key if noise else NoiseKey(torch.zeros_like(rows), torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -105,13 +106,14 @@ class Systems:
         return Round(seconds, tuple(map(tuple, answers.token_ids)), lengths, answers.steps, answers.accepted)
 
     def plain_step(self, prompt: list[int], copy: float, tokens: int) -> PlainStep:
-        """The median of the steps of one answer, but for the first, which record and compile."""
+        """The median from the end of one step of an answer to the end of the next, without the first, which record and compile."""
         engine = self.engines[PLAIN]
         engine.add_request("plain step", prompt, SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True))
-        seconds = []
+        ends = []
         while engine.has_work():
-            stats = engine.step()[1]
-            seconds.append(stats.seconds)
+            engine.step()
+            ends.append(time.perf_counter())
+        seconds = [after - before for before, after in pairwise(ends)]
         typical = median(seconds[len(seconds) // 4 :])
         return PlainStep(1000 * typical, self.weights, copy, self.weights / typical / copy)
 
