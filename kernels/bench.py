@@ -240,9 +240,7 @@ def product(
     """``then`` is what ``run`` does after the product."""
     layer = nn.Linear(size, outputs, bias=False, device=DEVICE, dtype=DTYPE)
     x = torch.randn(rows, size, device=DEVICE, dtype=DTYPE)
-    return Case(
-        f"{name}, {rows} rows", layer.weight.nbytes, lambda: run(layer, x), lambda: then(layer(x)) if then else layer(x),
-    )  # fmt: skip
+    return Case(f"{name}, {rows} rows", layer.weight.nbytes, lambda: run(layer, x), lambda: then(layer(x)) if then else layer(x))
 
 
 def cases() -> Iterator[Callable[[], Iterator[Case]]]:

@@ -33,8 +33,8 @@ class TreeShape(NamedTuple):
 
     @property
     def lookahead(self) -> int:
-        """Slots after the committed context that a step writes to: the verified nodes, or what is drafted after the accepted ones."""
-        return max(self.nodes, self.depth + 1 + self.expanded)
+        """Slots after the committed context that verification or drafting writes to."""
+        return max(self.nodes, self.expanded)
 
     @property
     def expanded(self) -> int:
@@ -139,30 +139,29 @@ class Drafter:
     ) -> Grown:  # fmt: skip
         """``extend`` by what a verification has accepted, and ``grow`` from there, by graphs, while the host does not know the verdict.
 
-        features [B, N, 3 * H] of the verified nodes; context_lens and noise: as they were for the verification.
+        features [B, D + 1, 3 * H] of the nodes of the verdict's paths; context_lens and noise: as they were for the verification.
         """
         assert self.graphs is not None
-        width = 1 << (verdict.path.shape[1] - 1).bit_length()  # few widths: graphs are recorded for each
-        path, tokens = (F.pad(part, (0, width - part.shape[1]), value=-1) for part in (verdict.path, verdict.tokens))
+        width = 1 << (features.shape[1] - 1).bit_length()  # few widths: graphs are recorded for each
+        more = width - features.shape[1]
+        features, tokens = F.pad(features, (0, 0, 0, more)), F.pad(verdict.tokens, (0, more), value=-1)
         return Grown.of(
             self.graphs.run(
-                self._go_on, rows + 1, features, path, tokens, verdict.num_accepted, block_tables, context_lens, options,
+                self._go_on, rows + 1, features, tokens, verdict.num_accepted, block_tables, context_lens, options,
                 _key(noise, rows), sigma, temperature, shape=shape, max_context=graph_context(max_context + width),
             )
         )  # fmt: skip
 
     def _go_on(
-        self, rows: Tensor, features: Tensor, path: Tensor, tokens: Tensor, accepted: Tensor, block_tables: Tensor, context_lens: Tensor,
+        self, rows: Tensor, features: Tensor, tokens: Tensor, accepted: Tensor, block_tables: Tensor, context_lens: Tensor,
         options: SamplingBatch, key: NoiseKey, sigma: Tensor, temperature: Tensor, shape: TreeShape, max_context: int,
     ) -> tuple[Pool, ...]:  # fmt: skip
         """``go_on``; ``rows`` are places in ``state``. What is no accepted row comes to slots that are written before they are read."""
-        width = path.shape[1]
+        width = tokens.shape[1]
         positions = context_lens[:, None] + torch.arange(width, device=rows.device)
         slots = physical_slots(block_tables, positions, self.block_size)
-        features = features.gather(1, path.clamp(min=0)[:, :, None].expand(-1, -1, features.shape[2]))
         last = torch.arange(len(rows), device=rows.device) * width + accepted
-        features, tokens = features.flatten(0, 1), tokens.clamp(min=0).flatten()
-        ends = context_lens + accepted
+        features, tokens, ends = features.flatten(0, 1), tokens.clamp(min=0).flatten(), context_lens + accepted
         self._extend(rows, features, tokens, positions.flatten(), slots.flatten(), last, block_tables, ends, temperature, max_context)
         key = key._replace(positions=key.positions + accepted + 1)
         return self._static_levels(rows, block_tables, ends + 1, options, key, sigma, temperature, None, shape, max_context)

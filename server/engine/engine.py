@@ -49,7 +49,11 @@ class Engine:
         self.max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
         drafts = head is not None or config.draft == NGRAM
         self.shape = _tree_shape(config, head is not None) if drafts else TreeShape(1, 1, 1)
-        max_slots = self.max_model_len + self.shape.lookahead
+        graphs = _graphs(target, config)
+        # With graphs, what is begun ahead lies behind the nodes that are verified meanwhile, and trees are filled up to powers of two: a
+        # slot past the end of a table would be taken for one in its last block.
+        self.lookahead = self.shape.lookahead + (self.shape.nodes if graphs else 0)
+        max_slots = self.max_model_len + self.lookahead
         bytes_per_token = target.kv_bytes_per_token + (
             head.config.num_key_value_heads * head.config.head_dim * 2 * target.dtype.itemsize if head else 0
         )
@@ -58,11 +62,11 @@ class Engine:
         )
         self.pool = BlockPool(blocks, config.block_size, config.max_num_seqs, max_slots, target.device)
         self.prefix_cache = PrefixCache(self.pool, enabled=True)
-        self.scheduler = Scheduler(self.pool, self.prefix_cache, self.shape.lookahead)
+        self.scheduler = Scheduler(self.pool, self.prefix_cache, self.lookahead)
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
         self.proposer = Proposer(drafter, self.pool, _sigma(head, config.draft_temperature))
         self.steps = Steps(target, self.proposer, self.pool, target.new_cache(blocks, config.block_size))
-        self.steps.use_graphs(_graphs(target, config))
+        self.steps.use_graphs(graphs)
         self._eos_token_ids = _eos_token_ids(target, tokenizer)
         self.grammars = Grammars(tokenizer, target.vocab_size, self._eos_token_ids)
         self._seeds = random.Random(config.seed)
@@ -90,7 +94,7 @@ class Engine:
     @property
     def max_request_tokens(self) -> int:
         """Prompt and output tokens that one request can hold at most."""
-        return min(self.max_model_len, self.pool.capacity - self.shape.lookahead)
+        return min(self.max_model_len, self.pool.capacity - self.lookahead)
 
     @property
     def num_running(self) -> int:
@@ -151,6 +155,8 @@ class Engine:
         if self.load_rule:
             self.load_rule.observe(plan, None if stats.prompt_tokens else time.monotonic() - start)
         self._bound_pending(stats)
+        if not self.has_work():
+            self.steps.ahead = None
         stats.failed_drafts, self.proposer.failed = stats.failed_drafts + self.proposer.failed, 0
         stats.drafting, stats.expected_gain = len(plan.drafting) + len(plan.copying), plan.gain
         stats.seconds = time.monotonic() - start

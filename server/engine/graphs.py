@@ -55,11 +55,11 @@ class Graphs:
 
     def _recorded(self, function: Callable[..., Any], tensors: tuple, leaves: list[Tensor], fixed: dict[str, Any]) -> _Recording | None:
         """None where it cannot be recorded, for want of memory say."""
-        held = [leaf.new_zeros(_filled_up(leaf.shape[0]), *leaf.shape[1:]) for leaf in leaves]
-        _fill(held, leaves)
-        arguments = iter(held)
-        own = _mapped(tensors, lambda _: next(arguments))
         try:
+            held = [leaf.new_zeros(_filled_up(leaf.shape[0]), *leaf.shape[1:]) for leaf in leaves]
+            _fill(held, leaves)
+            arguments = iter(held)
+            own = _mapped(tensors, lambda _: next(arguments))
             return _Recording(held, *self._record(lambda: function(*own, **fixed)))
         except torch.AcceleratorError:
             raise

@@ -106,9 +106,12 @@ class BlockPool:
         del self._kept[block], self._by_key[self._keys.pop(block)]
         return block
 
-    def slot(self, row: int, place: int) -> int:
-        """The physical slot of a row's logical slot ``place``."""
-        return self._owned[row][place // self.block_size] * self.block_size + place % self.block_size
+    def slots(self, row: int, first: int, count: int) -> list[int]:
+        """The physical slots of a row's ``count`` logical ones from ``first`` on."""
+        size, found = self.block_size, list[int]()
+        for block in self._owned[row][first // size : -(-(first + count) // size)]:
+            found += range(block * size, (block + 1) * size)
+        return found[first % size : first % size + count]
 
     def set_key(self, row: int, index: int, key: bytes) -> None:
         """Say what a row's block number ``index`` holds. A key that another block has already is not given twice."""

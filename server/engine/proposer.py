@@ -67,14 +67,18 @@ class Proposer:
         # A request that ended may have fewer tokens than were accepted.
         features = torch.cat([rows for request in behind for rows in _first(request.pending, request.num_pending)])
         counts = [request.num_pending for request in behind]
-        spans = [(r, place) for r, n in zip(behind, counts, strict=True) for place in range(r.draft_len, r.draft_len + n)]
-        entries = [(place, request.token_ids[place + 1], self.pool.slot(request.row, place)) for request, place in spans]
-        positions, tokens, slots = on_device(list(zip(*entries, strict=True)), self.device).unbind()
+        positions, tokens, slots = list[int](), list[int](), list[int]()
+        for request, count in zip(behind, counts, strict=True):
+            first = request.draft_len
+            positions += range(first, first + count)
+            tokens += request.token_ids[first + 1 : first + count + 1]
+            slots += self.pool.slots(request.row, first, count)
+        entries = on_device([positions, tokens, slots], self.device)
         ends = [request.context_len - 1 for request in behind]
         last = [end - 1 for end in accumulate(counts)]
-        rows, last_rows, lengths = on_device([[request.row for request in behind], last, ends], self.device).unbind()
+        rows, last_rows, lengths = on_device([[request.row for request in behind], last, ends], self.device)
         tables, temperature = self.pool.tables[rows], self._temperature(behind)
-        self.drafter.extend(rows, features, tokens, positions, slots, last_rows, tables, lengths, temperature, max(ends))
+        self.drafter.extend(rows, features, entries[1], entries[0], entries[2], last_rows, tables, lengths, temperature, max(ends))
         for request, n in zip(behind, counts, strict=True):
             request.draft_len += n
             request.pending.clear()
@@ -220,7 +224,7 @@ class Proposer:
             if self.learned is None:
                 return
             for request, score, came_true in zip(requests, known, right, strict=True):
-                if (predicted := math.exp(score)) > 0:  # else nothing was to be drafted
+                if request.max_draft_nodes > 0 and (predicted := math.exp(score)) > 0:  # else nothing was to be drafted
                     self.learned.observe(_told(request), predicted, came_true)
             self.sigma = self.learned.points
 

@@ -60,7 +60,7 @@ class Steps:
     def __init__(self, target: Target, proposer: Proposer, pool: BlockPool, cache: PagedTensors) -> None:
         self.target, self.proposer, self.pool, self.cache, self.device = target, proposer, pool, cache, target.device
         self.graphs: Graphs | None = None
-        self._ahead: Drafted | Passed | None = None  # what the last step began of the next one
+        self.ahead: Drafted | Passed | None = None  # what the last step began of the next one
 
     def use_graphs(self, graphs: Graphs | None) -> None:
         """Replay what has fixed sizes: then requests draft together or not at all, and nothing waits for the device in between."""
@@ -73,7 +73,7 @@ class Steps:
 
         What requests gain is added to ``outputs``. If it raises, requests without an output there can be run again.
         """
-        ahead, self._ahead = self._ahead, None
+        ahead, self.ahead = self.ahead, None
         prefilling = [request for request in requests if request.prefilling]
         decoding = [request for request in requests if not request.prefilling]
         chunks = [request.token_ids[request.context_len : min(request.prefill_len, request.context_len + width)] for request in prefilling]
@@ -87,17 +87,17 @@ class Steps:
             _verify(batch.tree, batch.reach, logits.unflatten(0, batch.tree.tokens.shape), batch.options, batch.noise)
             for batch, (logits, _) in zip(batches, verified, strict=True)
         ]
-        # Nothing above changes a request, so that a failure can be tried again for each one alone.
-        if prefilling:
-            extend(prefilling, chunks, *results[0])
-            stats.prompt_tokens += sum(map(len, chunks))
-        if first is not None:
-            complete, verdict, healthy, last = first
-            tokens, whole = fetch(verdict.tokens, healthy)()
-            outputs += self._commit(complete, verdict, tokens, whole, last, stats)
+        answer = fetch(first[1].tokens, first[2]) if first else None
+        # Nothing above changes a request, and nothing below one without adding its output, so that a failure can be tried again alone.
         for batch, (logits, features), (verdict, healthy) in zip(batches, verified, verdicts, strict=True):
             lasting = plan.lasting and len(batch.requests) == len(decoding)
             outputs += self._settle(batch, logits, features, verdict, healthy, plan, lasting, stats)
+        told = answer() if answer else None
+        if prefilling:
+            extend(prefilling, chunks, *results[0])
+            stats.prompt_tokens += sum(map(len, chunks))
+        if first is not None and told is not None:
+            outputs += self._commit(first[0], first[1], told[0], told[1], first[3], stats)
 
     def _first_tokens(
         self, requests: list[Request], chunks: list[list[int]], rows: Rows, logits: Tensor
@@ -147,7 +147,7 @@ class Steps:
         is_told = batch.places is not None and is_tree and (self.graphs is not None or self.proposer.learned is not None)
         learn = self.proposer.tell(batch.requests, batch.places or [], verdict) if is_told else None
         kept = None if features is None else self._kept(features, verdict)
-        ahead = self._go_ahead(batch, features, verdict, plan) if lasting else None
+        ahead = self._go_ahead(batch, kept, verdict, plan) if lasting else None
         tokens, whole, nodes, accepted = answer()
         if is_tree:
             self._record(batch, nodes, accepted, plan, stats)
@@ -164,14 +164,14 @@ class Steps:
         if self.proposer.ngrams is not None and batch.drafts is not None:
             self.proposer.ngrams.learn(batch.drafts, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
-        self._ahead = ahead
+        self.ahead = ahead
         return outputs
 
     def _go_ahead(self, batch: Verification, features: Tensor | None, verdict: Verdict, plan: Plan) -> Drafted | Passed | None:
-        """With graphs the device begins with the next step while the host learns what became of this one."""
+        """With graphs the device begins with the next step while the host learns what became of this one; features: as ``_kept``."""
         requests = batch.requests
-        # Graphs would overwrite logits that are still to be read.
-        if self.graphs is None or any(request.params.logprobs is not None for request in requests):
+        read = any(request.params.logprobs is not None for request in requests)  # graphs would overwrite these logits
+        if self.graphs is None or read or all(request.num_output + 1 >= request.params.max_tokens for request in requests):
             return None
         if _is_plain(plan):
             return self._pass_ahead(batch, verdict)

@@ -321,8 +321,8 @@ def test_what_can_never_run_is_refused(model: PreTrainedModel) -> None:
     with pytest.raises(EngineError, match="'x'"):
         engine.add_request("x", [1], SamplingParams())
     tiny_pool = build(model, kv_cache_memory=engine.steps.target.kv_bytes_per_token * 4 * 6)
-    assert tiny_pool.max_request_tokens == 5 * 4 - 2
-    with pytest.raises(EngineError, match="can hold 18"):
+    assert tiny_pool.max_request_tokens == 5 * 4 - 1
+    with pytest.raises(EngineError, match="can hold 19"):
         tiny_pool.add_request("y", [1] * 10, SamplingParams(max_tokens=10))
     with pytest.raises(EngineError, match="kv_cache_memory of 100 bytes"):
         build(model, kv_cache_memory=100)

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from server.engine import engine as engine_module
 from server.engine.ahead import Passed
+from server.engine.calibration import LearnedSigma
 from server.engine.costs import StepCost, measure_trees
 from server.engine.drafter import Grown, TreeShape
-from server.engine.engine import Engine
+from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.fixed_trees import FixedTreeRule
 from server.engine.graphs import MAX_GRAPHS, Graphs
 from server.engine.kv_cache import PagedTensors
@@ -323,7 +324,7 @@ def test_a_pass_made_ahead_is_for_one_place(demo_engine: MakeEngine, demo_prompt
         engine.add_request(str(i), demo_prompts[i], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
     for _ in range(3):
         engine.step()
-    ahead = engine.steps._ahead
+    ahead = engine.steps.ahead
     assert isinstance(ahead, Passed)
     first, second = ahead.requests
     assert ahead.of([first, second]) is ahead
@@ -333,6 +334,32 @@ def test_a_pass_made_ahead_is_for_one_place(demo_engine: MakeEngine, demo_prompt
     assert found.requests == [second]
     assert torch.equal(found.logits, ahead.logits[1:])
     assert ahead.of([first]) is None
+
+
+def test_trees_that_are_filled_up_end_where_the_context_does(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 nodes are computed as 64, of which the last would stand past all that a request can hold."""
+    model, different = tiny_model("llama", spread=0.15), 0
+    for length in range(60, 92, 3):
+        params = [SamplingParams(max_tokens=length - 12, temperature=1.0, seed=i, ignore_eos=True) for i in range(4)]
+        requests = [([5 + i, 6, 7, i] * 3, own) for i, own in enumerate(params)]
+        options = {"decoder": LeanDecoder, "max_model_len": length, "block_size": 32, "max_num_seqs": 4}
+        trees = {"tree_nodes": 33, "tree_depth": 3, "tree_topk": 16, "ngrams": False}
+        with monkeypatch.context() as plainly:
+            plainly.setattr(engine_module, "_graphs", lambda target, config: None)
+            plain = run(build(model, **options), requests)
+        results = run(build(model, random_head(model), **options, **trees), requests)
+        different += sum(mine.token_ids != other.token_ids for mine, other in zip(results, plain, strict=True))
+    assert different == 0
+
+
+def test_what_may_not_draft_teaches_nothing(recorded: Recorded) -> None:
+    model = tiny_model("llama")
+    engine = build(model, random_head(model), decoder=LeanDecoder, tree_nodes=8, max_num_seqs=2, ngrams=False)
+    engine.proposer.learned = learned = LearnedSigma(DEFAULT_SIGMA)
+    told: list[float] = []
+    learned.observe = lambda temperature, *_: told.append(temperature)  # type: ignore[method-assign]
+    run(engine, [([5, 6, 7], SamplingParams(max_tokens=30, temperature=t, max_draft_nodes=n, seed=0)) for t, n in ((0.0, None), (0.5, 0))])
+    assert set(told) == {0.0}
 
 
 SHAPE = TreeShape(16, 5, 6)
