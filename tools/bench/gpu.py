@@ -138,8 +138,15 @@ def bench(args: argparse.Namespace) -> Iterator[tuple[list[Row], PlainStep]]:
             measured, failed = measure(names, turn, part, len(part), args.rounds, title)  # the first turn records graphs
             result += rows(measured, PLAIN, concurrency, temperature, ())  # in 16 bits texts may part at a tie
             result += [Row(name, concurrency, temperature, missing=why) for name, why in failed.items()]
-            print(table(result[-len(names) :]), flush=True)
+            print(table(result[-len(names) :]), *filter(None, map(_per_token, result[-len(names) :])), sep="\n", flush=True)
             yield result, step
+
+
+def _per_token(row: Row) -> str:
+    """What is left of the acceptance length as speed."""
+    if row.system != SPECULATION or not row.acceptance_length or not row.speedup_vs_plain:
+        return ""
+    return f"speed against plain over acceptance length: {row.speedup_vs_plain / row.acceptance_length:.2f}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
