@@ -249,7 +249,8 @@ class Engine:
         names = (f"measurement-{i}" for i in itertools.count())
 
         def run(batch: int, shape: TreeShape) -> float:
-            self.shape = shape
+            if shape != self.shape:
+                self.shape, self.steps.ahead = shape, None
             self.proposer.ngrams = None if head and shape.depth else FullDrafts()
             if len(self._requests) < batch:
                 for _ in range(batch - len(self._requests)):
@@ -271,7 +272,7 @@ class Engine:
             steps += f", blocks of {config.block_size}"
             what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
             costs = kept_costs(config.cost_cache, what, lambda: measure_costs(run, sync, full, config.max_num_seqs))
-        self.shape, self.proposer.ngrams = full, None
+        self.shape, self.proposer.ngrams, self.steps.ahead = full, None, None
         for request_id, request in list(self._requests.items()):
             if request in self.scheduler.running:  # all are, unless the cache is too small for them
                 self.pool.forget(request.row)

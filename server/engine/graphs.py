@@ -3,7 +3,6 @@
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -68,12 +67,13 @@ class Graphs:
             return None
 
 
-def graph_context(tokens: int) -> int:
-    """The ``max_context`` of a graph for so many tokens, 256, 1024, 4096, ...: attention launches programs for all of it, and those past
-    the end return at once.
+def graph_context(tokens: int, least: int = 1024) -> int:
+    """The ``max_context`` of a graph for so many tokens, ``least`` times 1, 4, 16, ...: attention launches programs for all of it, and
+    those past the end return at once.
     """
-    bits = max(8, (tokens - 1).bit_length())
-    return 1 << bits + bits % 2
+    while least < tokens:
+        least *= 4
+    return least
 
 
 def cuda_recorder(device: torch.device) -> Recorder:
@@ -99,12 +99,9 @@ def cuda_recorder(device: torch.device) -> Recorder:
     return record
 
 
-@cache
 def _filled_up(count: int) -> int:
-    """1, 2, 4, ..., 32, then four sizes up to the double: a GPU takes as long for few as for somewhat more."""
-    bits = (count - 1).bit_length()
-    step = 1 << (bits if count <= 32 else bits - 3)
-    return -(-count // step) * step
+    """The next power of two: a GPU takes as long for few as for somewhat more, and all sizes can be recorded at start."""
+    return 1 << (count - 1).bit_length()
 
 
 def _fill(held: list[Tensor], leaves: list[Tensor]) -> None:

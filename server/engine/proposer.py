@@ -203,7 +203,7 @@ class Proposer:
 
     def _temperature(self, requests: list[Request]) -> Tensor:
         """What the head is told, float32 [B]: 0 for greedy requests, 1 from temperature 1 on."""
-        return on_device(list(map(_told, requests)), self.device)
+        return on_device(list(map(_told, requests)), self.device, torch.float32)
 
     def tell(self, requests: list[Request], places: list[int], verdict: Verdict) -> Callable[[], None]:
         """Begin to ask how the best first guesses compare with the target's tokens there, which are known whatever was accepted; the result

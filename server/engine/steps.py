@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -54,6 +55,21 @@ class Verification(NamedTuple):
     passed: Passed | None = None  # where the forward pass was made ahead
 
 
+class Begun(NamedTuple):
+    """A verification that the device is at work on; ``answer`` waits for it, ``learn`` then learns from its guesses.
+
+    logits [B, N, V]; ``kept``: features of the nodes on the verdict's paths, [B, D + 1, 3 * H]; ``ahead``: the next step's begin.
+    """
+
+    batch: Verification
+    logits: Tensor
+    verdict: Verdict
+    answer: Callable[[], list[list]]
+    learn: Callable[[], None] | None
+    kept: Tensor | None
+    ahead: Drafted | Passed | None
+
+
 class Steps:
     """The device side of the engine. ``graphs``: replays target and head, see ``use_graphs``."""
 
@@ -79,22 +95,22 @@ class Steps:
         chunks = [request.token_ids[request.context_len : min(request.prefill_len, request.context_len + width)] for request in prefilling]
         prompts = [prompt_rows(self.pool, prefilling, chunks)] if prefilling else []
         batches = self._verifications(decoding, plan, ahead) if decoding else []
-        rows = [*prompts, *(batch.rows for batch in batches if batch.passed is None)]
-        results = self.target.forward_parts(rows, self.cache) if rows else []
-        verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results[len(prompts) :]
-        first = self._first_tokens(prefilling, chunks, prompts[0], results[0][0]) if prefilling else None
-        verdicts = [
-            _verify(batch.tree, batch.reach, logits.unflatten(0, batch.tree.tokens.shape), batch.options, batch.noise)
-            for batch, (logits, _) in zip(batches, verified, strict=True)
-        ]
+        rows = [batch.rows for batch in batches if batch.passed is None]
+        # A CPU computes all rows together. By graphs the device is at work on trees while the host launches what prompts need one by one.
+        early = [] if self.graphs else prompts
+        results = self.target.forward_parts([*early, *rows], self.cache) if early or rows else []
+        verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results[len(early) :]
+        lasting = plan.lasting and len(batches) == 1 and len(batches[0].requests) == len(decoding)
+        begun = [self._begin(batch, *result, plan, lasting) for batch, result in zip(batches, verified, strict=True)]
+        prompted = results[: len(early)] or (self.target.forward_parts(prompts, self.cache) if prompts else [])
+        first = self._first_tokens(prefilling, chunks, prompts[0], prompted[0][0]) if prefilling else None
         answer = fetch(first[1].tokens, first[2]) if first else None
         # Nothing above changes a request, and nothing below one without adding its output, so that a failure can be tried again alone.
-        for batch, (logits, features), (verdict, healthy) in zip(batches, verified, verdicts, strict=True):
-            lasting = plan.lasting and len(batch.requests) == len(decoding)
-            outputs += self._settle(batch, logits, features, verdict, healthy, plan, lasting, stats)
+        for verification in begun:
+            outputs += self._settle(verification, plan, stats)
         told = answer() if answer else None
         if prefilling:
-            extend(prefilling, chunks, *results[0])
+            extend(prefilling, chunks, *prompted[0])
             stats.prompt_tokens += sum(map(len, chunks))
         if first is not None and told is not None:
             outputs += self._commit(first[0], first[1], told[0], told[1], first[3], stats)
@@ -134,37 +150,44 @@ class Steps:
             *([self._plain(quiet, placed(quiet, self.device), plan.guesses_of(quiet))] if quiet else []),
         ]
 
-    def _settle(
-        self, batch: Verification, logits: Tensor, features: Tensor | None, verdict: Verdict, healthy: Tensor, plan: Plan, lasting: bool,
-        stats: StepStats,
-    ) -> list[RequestOutput]:  # fmt: skip
-        """Keep what was verified; logits [B * N, V]. ``lasting``: the next step will probably be of this kind, for these requests."""
-        layout, is_tree = batch.rows.layout, batch.tree.tokens.shape[1] > 1
+    def _begin(self, batch: Verification, logits: Tensor, features: Tensor | None, plan: Plan, lasting: bool) -> Begun:
+        """Give the device what is to be done with a verification's results; logits [B * N, V].
+
+        ``lasting``: the next step will probably be of this kind, for these requests.
+        """
+        logits, tree = logits.unflatten(0, batch.tree.tokens.shape), batch.tree
+        verdict, healthy = _verify(tree, batch.reach, logits, batch.options, batch.noise)
+        layout, is_tree = batch.rows.layout, tree.tokens.shape[1] > 1
         if is_tree:  # what survived moves to the front of the cache
             kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
-        drafted = (batch.tree.tokens >= 0).sum(1) - 1 if is_tree else verdict.num_accepted
+        drafted = (tree.tokens >= 0).sum(1) - 1 if is_tree else verdict.num_accepted
         answer = fetch(verdict.tokens, healthy, drafted, verdict.num_accepted)
         is_told = batch.places is not None and is_tree and (self.graphs is not None or self.proposer.learned is not None)
         learn = self.proposer.tell(batch.requests, batch.places or [], verdict) if is_told else None
         kept = None if features is None else self._kept(features, verdict)
         ahead = self._go_ahead(batch, kept, verdict, plan) if lasting else None
-        tokens, whole, nodes, accepted = answer()
-        if is_tree:
+        return Begun(batch, logits, verdict, answer, learn, kept, ahead)
+
+    def _settle(self, begun: Begun, plan: Plan, stats: StepStats) -> list[RequestOutput]:
+        """Wait for the outcome, and keep it."""
+        batch, kept = begun.batch, begun.kept
+        tokens, whole, nodes, accepted = begun.answer()
+        if batch.tree.tokens.shape[1] > 1:
             self._record(batch, nodes, accepted, plan, stats)
-        if learn is not None:
-            learn()
-        in_step = {id(request) for request in batch.requests if isinstance(ahead, Drafted) and request.num_pending == 0}
+        if begun.learn is not None:
+            begun.learn()
+        in_step = {id(request) for request in batch.requests if isinstance(begun.ahead, Drafted) and request.num_pending == 0}
         for i, request in enumerate(batch.requests):
             if kept is not None and id(request) not in in_step:
                 request.pending.append(kept[i, : accepted[i] + 1])
-        outputs = self._commit(batch.requests, verdict, tokens, whole, logits.unflatten(0, batch.tree.tokens.shape), stats)
+        outputs = self._commit(batch.requests, begun.verdict, tokens, whole, begun.logits, stats)
         for request in batch.requests:
             if id(request) in in_step:
                 request.draft_len = request.context_len
         if self.proposer.ngrams is not None and batch.drafts is not None:
             self.proposer.ngrams.learn(batch.drafts, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
-        self.ahead = ahead
+        self.ahead = begun.ahead
         return outputs
 
     def _go_ahead(self, batch: Verification, features: Tensor | None, verdict: Verdict, plan: Plan) -> Drafted | Passed | None:

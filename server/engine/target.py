@@ -176,9 +176,10 @@ class Target:
         assert self.graphs is not None
         assert part.keep is part.layout.live is None
         layout = part.layout
+        least = 256 if part.tokens.shape[1] == 1 else 1024  # short contexts have attention without a sum over splits, if few rows share it
         logits, features = self.graphs.run(
             self._trees, part.tokens, layout.block_tables, layout.context_lens, layout.depth, layout.ancestors,
-            cache=cache, block_size=layout.block_size, max_context=graph_context(layout.max_context),
+            cache=cache, block_size=layout.block_size, max_context=graph_context(layout.max_context, least),
         )  # fmt: skip
         if not alone:
             logits, features = logits.clone(), None if features is None else features.clone()

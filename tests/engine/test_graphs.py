@@ -1,6 +1,7 @@
 """Steps by graphs, on a CPU: a recorder that computes again what was recorded, into the same tensors, stands in for CUDA's."""
 
 import itertools
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -360,6 +361,25 @@ def test_what_may_not_draft_teaches_nothing(recorded: Recorded) -> None:
     learned.observe = lambda temperature, *_: told.append(temperature)  # type: ignore[method-assign]
     run(engine, [([5, 6, 7], SamplingParams(max_tokens=30, temperature=t, max_draft_nodes=n, seed=0)) for t, n in ((0.0, None), (0.5, 0))])
     assert set(told) == {0.0}
+
+
+def test_what_a_load_needs_is_recorded_at_start(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
+    """Whatever the rule chooses, greedy and sampled, for three to five requests at a time, with copied texts and without."""
+    engine = demo_engine(max_num_seqs=6, load_rule=True, tree_nodes=8, tree_depth=4)
+    at_start = recorded.count
+    rng, rule = random.Random(0), engine.load_rule
+    assert isinstance(rule, FixedTreeRule)
+    for batch, steps in rule._steps.items():  # so close that the rule changes its mind
+        rule._steps[batch] = {nodes: 1.0 + 0.02 * nodes for nodes in steps}
+    running = Run(engine)
+    for i, prompt in enumerate(demo_prompts[:40]):
+        running.add(str(i), prompt, SamplingParams(max_tokens=rng.randrange(5, 40), temperature=i % 2, seed=i, ignore_eos=True))
+        for _ in range(3):
+            running.step()
+    running.finish()
+    assert {stats.tree_nodes for stats in running.stats} >= {1, 8}
+    assert max(stats.num_running for stats in running.stats) > 3
+    assert recorded.count == at_start
 
 
 SHAPE = TreeShape(16, 5, 6)
