@@ -34,11 +34,12 @@ TAIL = 4000  # characters of a failed stage's output that are kept
 
 @dataclass(frozen=True)
 class Stage:
-    """A command and the seconds that it may take where there are SECONDS for everything, else in proportion."""
+    """A command and the seconds that it may take where there are SECONDS for everything, else in proportion. ``shown``: what it prints."""
 
     name: str
     command: Sequence[str | Path]
     seconds: float
+    shown: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,10 @@ def measurements(folder: Path) -> list[Stage]:
     """What must run alone; each writes the file of its name, the last one takes what time is left."""
     speed = [sys.executable, "-m", "tools.bench.gpu"]
     return [
-        Stage("bench", [sys.executable, "-m", "kernels.bench", "--json", folder / "bench"], 90),
-        Stage("speed", [*speed, "--rounds", "2", "--per-stream", "3", "--max-tokens", "64", "--json", folder / "speed"], SECONDS),
+        Stage("bench", [sys.executable, "-m", "kernels.bench", "--json", folder / "bench"], 90, shown=True),
+        Stage(
+            "speed", [*speed, "--rounds", "2", "--per-stream", "3", "--max-tokens", "64", "--json", folder / "speed"], SECONDS, shown=True
+        ),
     ]
 
 
@@ -79,7 +82,8 @@ def run(stage: Stage, seconds: float, until: float) -> Outcome:
     """Ended at ``until`` (of ``time.monotonic``), ``seconds`` after the first stage began, if not before. Never raises for what it does."""
     start = time.monotonic()
     process = subprocess.Popen(
-        stage.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        stage.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"TQDM_DISABLE": "1"},
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=max(0.0, min(stage.seconds * seconds / SECONDS, until - start)))
@@ -87,6 +91,8 @@ def run(stage: Stage, seconds: float, until: float) -> Outcome:
         os.killpg(process.pid, signal.SIGKILL)  # with all that it has started
         output = process.communicate()[0] + f"\nstopped after {time.monotonic() - start:.0f} s"
     passed = process.returncode == 0
+    if stage.shown and passed:
+        print(output, flush=True)
     lines = output.strip().splitlines()
     return Outcome(stage.name, passed, time.monotonic() - start, lines[-1] if lines else "", "" if passed else output[-TAIL:])
 
