@@ -16,13 +16,13 @@ PROGRAMS = 128  # about one for every multiprocessor of a large GPU
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)``; x [..., K] -> [..., N]. On a GPU, rows are the same however many there are up to 16, or from 17 to FEW_ROWS."""
-    return linear_triton(x, layer.weight, layer.bias) if _few(layer, x) else layer(x)
+    """``layer(x)``, but for hooks; x [..., K] -> [..., N]. On a GPU, what a row gets is the same among up to 16, or 17 to FEW_ROWS."""
+    return linear_triton(x, layer.weight, layer.bias) if _few(layer, x) else layer.forward(x)
 
 
 def gated_linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """silu(gate) * up of ``layer(x)``, which has them side by side; x [..., K] -> [..., N / 2]. Otherwise as ``linear``."""
-    return gated_linear_triton(x, layer.weight, layer.bias) if _few(layer, x) else gated_silu(layer(x))
+    return gated_linear_triton(x, layer.weight, layer.bias) if _few(layer, x) else gated_silu(layer.forward(x))
 
 
 def _few(layer: nn.Linear, x: Tensor) -> bool:

@@ -30,8 +30,9 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``rms_norm`` in plain PyTorch. On a CPU torch's own is a chain of slower operations; written in place, ours has no gradient."""
     if x.is_cuda or torch.is_grad_enabled():
         return F.rms_norm(x, weight.shape, weight, eps)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return (x * torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()).mul_(weight).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=None if x.dtype == torch.float32 else torch.float32)
+    normed = (x * torch.addcmul(_constant(eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()).mul_(weight)
+    return normed if normed.dtype == x.dtype else normed.to(x.dtype)
 
 
 @lru_cache

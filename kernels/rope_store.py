@@ -27,8 +27,8 @@ def rope_store(
 ) -> Tensor:
     """Rotate q and k, store k and v as ``store_kv`` does, and return q [T, Hq, D].
 
-    qk [T, Hq + Hkv, D] and v [T, Hkv, D], whose heads lie one after the other; cos, sin [T, 1, D]: rotation is x * cos
-    + (-x2, x1) * sin over the halves x1 and x2 of a head.
+    qk [T, Hq + Hkv, D] and v [T, Hkv, D], whose heads lie one after the other; cos, sin [T, 1, D], the sines of the first half of a
+    head negative: rotation is x * cos + (x2, x1) * sin over the halves x1 and x2 of a head.
     """
     run = rope_store_triton if qk.is_cuda else rope_store_reference
     return run(qk, v, cos, sin, slots, live, k_cache, v_cache)
@@ -38,8 +38,7 @@ def rope_store_reference(
     qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, live: Tensor | None, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:
     """``rope_store`` in plain PyTorch."""
-    first, second = qk.chunk(2, dim=-1)
-    qk = torch.addcmul(qk * cos, torch.cat((-second, first), dim=-1), sin)
+    qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, dims=-1), sin)
     heads = qk.shape[1] - v.shape[1]
     store_kv(k_cache, v_cache, slots, qk[:, heads:], v, live)
     return qk[:, :heads]
@@ -79,7 +78,7 @@ def rope_store_kernel(
     cos2 = tl.load(cos + angle + HALF, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
     sin1 = tl.load(sin + angle, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
     sin2 = tl.load(sin + angle + HALF, mask=half < HALF, other=0.0).to(tl.float32)[None, :]
-    y1, y2 = (x1 * cos1 - x2 * sin1).to(q.dtype.element_ty), (x2 * cos2 + x1 * sin2).to(q.dtype.element_ty)
+    y1, y2 = (x1 * cos1 + x2 * sin1).to(q.dtype.element_ty), (x2 * cos2 + x1 * sin2).to(q.dtype.element_ty)
     place = (row * HEADS + head[:, None]) * (2 * HALF) + half[None, :]
     is_q = (head < HEADS)[:, None] & inside
     tl.store(q + place, y1, mask=is_q)

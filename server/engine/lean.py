@@ -31,7 +31,8 @@ class LeanDecoder(nn.Module):
             everywhere = torch.arange(model.config.max_position_embeddings, device=model.device)
             cos, sin = (part[0, :, None] for part in body.rotary_emb(self.embed_tokens.weight[:1], everywhere[None]))
         self.register_buffer("_cos", cos.contiguous(), persistent=False)  # [positions, 1, D]
-        self.register_buffer("_sin", sin.contiguous(), persistent=False)
+        self.register_buffer("_sin", sin.clone(), persistent=False)
+        self._sin[..., : sin.shape[-1] // 2].neg_()  # as ``rope_store`` wants it
         self.layers = nn.ModuleList(LeanLayer(layer) for layer in body.layers)
         self._norms = (*(layer.input_layernorm for layer in body.layers), body.norm)  # each reads what the layer before it returns
         self.lm_head = model.get_output_embeddings()
@@ -48,7 +49,7 @@ class LeanDecoder(nn.Module):
             hidden, normed = (hidden, _norm(hidden, norm)) if delta is None else _add_norm(hidden, delta, norm)
             if i in taps:
                 read[i] = hidden
-            hidden, delta = layer(hidden, normed, cos, sin, context)
+            hidden, delta = layer.forward(hidden, normed, cos, sin, context)
         if keep is not None:
             hidden, delta = hidden[keep], delta[keep]
         return linear(self.lm_head, _add_norm(hidden, delta, self._norms[-1])[1]), [read[i] for i in taps]
