@@ -260,11 +260,11 @@ def test_one_group_of_trees_keeps_the_order_of_the_requests(model: PreTrainedMod
     """What is learned of the head's guesses is told by places."""
     roots = torch.tensor([5, 6, 7])
     tree = Tree(torch.tensor([[5, 1, 2], [6, -1, -1], [7, 3, -1]]), *(torch.zeros(3, 3, dtype=torch.long),) * 3)
-    steps = build(model, draft=NGRAM).steps
-    assert steps._groups(tree) == [[0, 1, 2]]
+    verifications = build(model, draft=NGRAM).steps.verifications
+    assert verifications._groups(tree) == [[0, 1, 2]]
     monkeypatch.setattr("server.engine.pool.GROUP_ROWS", 0)
-    assert steps._groups(tree) == [[1], [2], [0]]
-    assert steps._groups(root_only(roots)) == [[0, 1, 2]]
+    assert verifications._groups(tree) == [[1], [2], [0]]
+    assert verifications._groups(root_only(roots)) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("node_price", [0.0, 0.6, 1.5])

@@ -97,7 +97,8 @@ class Bench:
             raise EngineError("no draft head was given: what is compared is how its drafts are accepted")
         ours, deterministic = (Engine(target, head, tokenizer, replace(config, load_rule=False, ngrams=False)) for _ in range(2))
         drafter, unsharpened = deterministic.proposer.drafter, ((0.0, (1.0,)),)  # noise sharpens a guess, probabilities are what they are
-        deterministic.proposer = deterministic.steps.proposer = Deterministic(drafter, deterministic.pool, unsharpened)
+        steps, proposer = deterministic.steps, Deterministic(drafter, deterministic.pool, unsharpened)
+        deterministic.proposer = steps.proposer = steps.verifications.proposer = proposer
         rule = Engine(target, head, tokenizer, replace(config, max_num_seqs=1)).load_rule
         assert rule is not None
         reference = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32, use_safetensors=True).eval()
