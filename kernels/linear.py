@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from kernels.gated_silu import gated_silu, gated_silu_reference
 from kernels.jit import compute_capability, jit, tl, triton
 
-FEW_ROWS = 32  # with more, the vendor's library is as fast; so it is for matrices that narrow, whose programs are few and long
+FEW_ROWS = 32  # with more, the vendor's library is as fast; so it is for matrices with fewer outputs than inputs: too few programs
 PROGRAMS = 128  # about one for every multiprocessor of a large GPU
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``layer(x)``, but for hooks; x [..., K] -> [..., N]. On a GPU, what a row gets is the same among up to 16, or 17 to FEW_ROWS."""
+    """``layer(x)``, but for hooks; x [..., K] -> [..., N]. On a GPU a row's result is the same in all batches of up to 16 rows, and in all
+    of 17 to FEW_ROWS.
+    """
     return linear_triton(x, layer.weight, layer.bias) if _few(layer, x) else layer.forward(x)
 
 

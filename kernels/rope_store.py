@@ -28,7 +28,7 @@ def rope_store(
     """Rotate q and k, store k and v as ``store_kv`` does, and return q [T, Hq, D].
 
     qk [T, Hq + Hkv, D] and v [T, Hkv, D], whose heads lie one after the other; cos, sin [T, 1, D], the sines of the first half of a
-    head negative: rotation is x * cos + (x2, x1) * sin over the halves x1 and x2 of a head.
+    head negative (the caller makes them so): rotation is x * cos + (x2, x1) * sin over the halves x1 and x2 of a head.
     """
     run = rope_store_triton if qk.is_cuda else rope_store_reference
     return run(qk, v, cos, sin, slots, live, k_cache, v_cache)

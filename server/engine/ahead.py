@@ -1,4 +1,8 @@
-"""What the device does for the next step of some requests before the host knows how their texts go on."""
+"""What the device does for the next step of some requests before the host knows how their texts go on.
+
+Nobody looks at it for those that end meanwhile, not even whether it is NaN: that stays without consequence since attention on a GPU
+loads no slot that the request has not written.
+"""
 
 from typing import NamedTuple
 
@@ -19,7 +23,11 @@ class Drafted(NamedTuple):
     grown: Grown
 
     def of(self, requests: list[Request]) -> Grown | None:
-        """The same of ``requests``, nothing for those that are new; None where most are."""
+        """The same of ``requests``, nothing for those that are new; None where most are.
+
+        At times it was grown for another shape than the step's. It is never deeper than that one's trees can be: ``shrunk`` bounds the
+        depth by the nodes.
+        """
         index = _places(requests, self.requests)
         if index == list(range(len(self.requests))):
             return self.grown

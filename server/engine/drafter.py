@@ -33,7 +33,7 @@ class TreeShape(NamedTuple):
 
     @property
     def lookahead(self) -> int:
-        """Slots after the committed context that verification or drafting writes to."""
+        """Slots after the committed context that verification or drafting writes to, without what is begun ahead."""
         return max(self.nodes, self.expanded)
 
     @property
@@ -142,7 +142,7 @@ class Drafter:
         features [B, D + 1, 3 * H] of the nodes of the verdict's paths; context_lens and noise: as they were for the verification.
         """
         assert self.graphs is not None
-        width = 1 << (max(shape.depth + 1, shape.nodes, features.shape[1]) - 1).bit_length()  # the same for trees of one shape
+        width = 1 << max(shape.depth, shape.nodes - 1).bit_length()  # one for all trees of a shape, whatever was copied beside the head
         more = width - features.shape[1]
         features, tokens = F.pad(features, (0, 0, 0, more)), F.pad(verdict.tokens, (0, more), value=-1)
         return Grown.of(

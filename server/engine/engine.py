@@ -50,8 +50,8 @@ class Engine:
         drafts = head is not None or config.draft == NGRAM
         self.shape = _tree_shape(config, head is not None) if drafts else TreeShape(1, 1, 1)
         graphs = _graphs(target, config)
-        # With graphs, what is begun ahead lies behind the nodes that are verified meanwhile, and trees are filled up to powers of two: a
-        # slot past the end of a table would be taken for one in its last block.
+        # With graphs, what is begun ahead lies behind the nodes that are verified meanwhile, and trees are filled up to powers of two. Both
+        # must fit: ``physical_slots`` takes what lies past a table for slots of its last block.
         self.lookahead = self.shape.lookahead + (self.shape.nodes if graphs else 0)
         max_slots = self.max_model_len + self.lookahead
         bytes_per_token = target.kv_bytes_per_token + (
@@ -137,6 +137,8 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is None:
             return
+        if not self._requests:
+            self.steps.ahead = None
         if request in self.scheduler.running and request.prefilling:
             self._clear(request)  # nobody has looked at its logits yet
         self.scheduler.remove(request)
@@ -296,7 +298,7 @@ def _tree_shape(config: EngineConfig, head: bool) -> TreeShape:
             f"tree_nodes {shape.nodes}, tree_depth {shape.depth} and tree_topk {shape.topk} were given; all must be at least 1, "
             f"and tree_nodes and (tree_depth - 1) x tree_topk at most {MAX_NODES}"
         )
-    return shape
+    return shape.shrunk(shape.nodes)  # no level that the nodes could not fill
 
 
 def _sigma(head: Eagle3Head | None, override: float | None) -> DraftTemperature:

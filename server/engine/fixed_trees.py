@@ -8,8 +8,8 @@ from server.engine.drafter import TreeShape
 from server.engine.ngram import Draft
 from server.engine.request import Request
 
-_NEWS = 0.1  # weight of a step's seconds in what is known of its kind,
-_OUTLIER = 1.5  # of which they count no larger multiple: a graph may have been recorded meanwhile
+_NEWS = 0.1  # The weight of a step's seconds in what is known of its kind.
+_OUTLIER = 1.5  # They count no larger multiple of that: a graph may have been recorded meanwhile.
 
 
 class FixedTreeRule(LoadRule):

@@ -135,6 +135,15 @@ class Proposer:
             logger.exception("looking up n-grams failed; this step drafts without them")
             return None
 
+    def learn_texts(self, drafts: list[Draft] | None, committed: list[list[int]]) -> None:
+        """What became of the texts' guesses; a failure costs what would have been learned."""
+        if self.ngrams is None or drafts is None:
+            return
+        try:
+            self.ngrams.learn(drafts, committed)
+        except Exception:
+            logger.exception("nothing was learned of the drafts of the texts")
+
     def propose(
         self, requests: list[Request], at: Placed, shape: TreeShape, options: SamplingBatch, noise: Noise | None,
         drafts: list[Draft] | None, ahead: Drafted | None = None,
@@ -172,7 +181,7 @@ class Proposer:
         options: SamplingBatch, noise: Noise | None,
     ) -> Drafted | None:  # fmt: skip
         """Bring the draft caches that had come to the contexts of ``layout`` up to what the ``verdict`` commits, and draft from there,
-        while the host does not know it; rows int64 [B]: of the block tables. None when that fails; then they are where they were.
+        while the host does not know it; rows int64 [B]: of the block tables. None when that fails; then it is all done again in its turn.
         """
         assert self.drafter is not None
         try:

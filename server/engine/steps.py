@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 class Begun(NamedTuple):
-    """A verification that the device is at work on; ``answer`` waits for it, ``learn`` then learns from its guesses.
+    """A verification that the device is at work on. ``answer`` waits for it: the committed tokens, whether the logits are free of NaN, the
+    drafted and the accepted nodes of every request. ``learn`` then learns from the head's guesses.
 
     logits [B, N, V]; ``kept``: features of the nodes on the verdict's paths, [B, D + 1, 3 * H]; ``ahead``: the next step's begin.
     """
@@ -81,10 +82,11 @@ class Steps:
         verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results[len(early) :]
         lasting = plan.lasting and len(batches) == 1 and len(batches[0].requests) == len(decoding)
         begun = [self._begin(batch, *result, plan, lasting) for batch, result in zip(batches, verified, strict=True)]
-        prompted = results[: len(early)] or (self.target.forward_parts(prompts, self.cache) if prompts else [])
+        prompted = results[:1] if early else self.target.forward_parts(prompts, self.cache) if prompts else []
         first = self._first_tokens(prefilling, chunks, prompts[0], prompted[0][0]) if prefilling else None
         answer = fetch(first[1].tokens, first[2]) if first else None
-        # Nothing above changes a request, and nothing below one without adding its output, so that a failure can be tried again alone.
+        # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
+        # fails can be tried again alone.
         for verification in begun:
             outputs += self._settle(verification, plan, stats)
         told = answer() if answer else None
@@ -121,7 +123,7 @@ class Steps:
         layout, is_tree = batch.rows.layout, tree.tokens.shape[1] > 1
         if is_tree:  # what survived moves to the front of the cache
             kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
-        drafted = (tree.tokens >= 0).sum(1) - 1 if is_tree else verdict.num_accepted
+        drafted = (tree.tokens >= 0).sum(1) - 1 if is_tree else verdict.num_accepted  # none
         answer = fetch(verdict.tokens, healthy, drafted, verdict.num_accepted)
         is_told = batch.places is not None and is_tree and (self.graphs is not None or self.proposer.learned is not None)
         learn = self.proposer.tell(batch.requests, batch.places or [], verdict) if is_told else None
@@ -137,16 +139,16 @@ class Steps:
             self._record(batch, nodes, accepted, plan, stats)
         if begun.learn is not None:
             begun.learn()
-        in_step = {id(request) for request in batch.requests if isinstance(begun.ahead, Drafted) and request.num_pending == 0}
+        # Whose draft caches have been brought up to what is committed now.
+        extended = [isinstance(begun.ahead, Drafted) and request.num_pending == 0 for request in batch.requests]
         for i, request in enumerate(batch.requests):
-            if kept is not None and id(request) not in in_step:
+            if kept is not None and not extended[i]:
                 request.pending.append(kept[i, : accepted[i] + 1])
         outputs = self._commit(batch.requests, begun.verdict, tokens, whole, begun.logits, stats)
-        for request in batch.requests:
-            if id(request) in in_step:
+        for request, is_extended in zip(batch.requests, extended, strict=True):
+            if is_extended:
                 request.draft_len = request.context_len
-        if self.proposer.ngrams is not None and batch.drafts is not None:
-            self.proposer.ngrams.learn(batch.drafts, [output.token_ids for output in outputs])
+        self.proposer.learn_texts(batch.drafts, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
         self.ahead = begun.ahead
         return outputs
@@ -154,7 +156,9 @@ class Steps:
     def _go_ahead(self, batch: Verification, features: Tensor | None, verdict: Verdict, plan: Plan) -> Drafted | Passed | None:
         """With graphs the device begins with the next step while the host learns what became of this one; features: as ``_kept``."""
         requests = batch.requests
-        read = any(request.params.logprobs is not None for request in requests)  # graphs would overwrite these logits
+        read = any(
+            request.params.logprobs is not None for request in requests
+        )  # graphs, which share their memory, would overwrite these logits
         if self.graphs is None or read or all(request.num_output + 1 >= request.params.max_tokens for request in requests):
             return None
         if is_plain(plan):

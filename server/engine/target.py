@@ -176,7 +176,8 @@ class Target:
         assert self.graphs is not None
         assert part.keep is part.layout.live is None
         layout = part.layout
-        least = 256 if part.tokens.shape[1] == 1 else 1024  # short contexts have attention without a sum over splits, if few rows share it
+        # A single row's attention splits its columns from 512 on: up to 256 it needs no sum over splits. Trees split later.
+        least = 256 if part.tokens.shape[1] == 1 else 1024
         logits, features = self.graphs.run(
             self._trees, part.tokens, layout.block_tables, layout.context_lens, layout.depth, layout.ancestors,
             cache=cache, block_size=layout.block_size, max_context=graph_context(layout.max_context, least),

@@ -55,7 +55,8 @@ class Verifications:
         if passed is not None:
             batch = self._plain(passed.requests, placed(passed.requests, self.device), plan.guesses_of(passed.requests))
             return [batch._replace(passed=passed)]
-        drafting, copying = (set(map(id, chosen)) if plan.shape.nodes > 1 else set() for chosen in (plan.drafting, plan.copying))
+        drafting = {id(request) for request in plan.drafting if plan.shape.nodes > 1}
+        copying = {id(request) for request in plan.copying if plan.shape.nodes > 1}
         by_head = [request for request in requests if id(request) in drafting]
         by_text = [request for request in requests if id(request) in copying]
         quiet = [request for request in requests if id(request) not in drafting and id(request) not in copying]

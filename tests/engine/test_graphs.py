@@ -363,7 +363,7 @@ def test_what_may_not_draft_teaches_nothing(recorded: Recorded) -> None:
     assert set(told) == {0.0}
 
 
-def test_what_a_load_needs_is_recorded_at_start(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
+def test_what_most_loads_need_is_recorded_at_start(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
     """Whatever the rule chooses, greedy and sampled, for three to five requests at a time, with copied texts and without."""
     engine = demo_engine(max_num_seqs=6, load_rule=True, tree_nodes=8, tree_depth=4)
     at_start = recorded.count

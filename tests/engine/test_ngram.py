@@ -256,6 +256,17 @@ def test_sizes_that_change_every_step(model: PreTrainedModel, expected: list[lis
         assert [result.token_ids for result in run(engine, REQUESTS)] == expected
 
 
+def test_a_failure_to_learn_loses_no_token(model: PreTrainedModel, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(model, draft=NGRAM, tree_nodes=16)
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    assert engine.proposer.ngrams is not None
+    monkeypatch.setattr(engine.proposer.ngrams, "learn", fails)
+    assert [result.token_ids for result in run(engine, REQUESTS)] == expected
+
+
 def test_one_group_of_trees_keeps_the_order_of_the_requests(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is learned of the head's guesses is told by places."""
     roots = torch.tensor([5, 6, 7])

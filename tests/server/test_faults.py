@@ -42,7 +42,7 @@ def test_refused(text: str) -> None:
 
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
-    for name in ("tree_verify", "kv_commit"):
+    for name in ("tree_verify", "kv_commit", "prompt_rows"):
         monkeypatch.setattr(steps, name, getattr(steps, name))  # put back what a fault wraps
     model = tiny_model()
     return build(model, random_head(model))

@@ -121,7 +121,9 @@ class Systems:
 def bench(args: argparse.Namespace) -> Iterator[tuple[list[Row], PlainStep]]:
     """What is known after every temperature and concurrency."""
     copy = copy_rate()
-    prompts = read_prompts(args.prompts, AutoTokenizer.from_pretrained(EngineConfig.model), max(args.concurrency) * args.per_stream)
+    prompts = read_prompts(
+        args.prompts, AutoTokenizer.from_pretrained(EngineConfig.model), max(args.fewest, max(args.concurrency) * args.per_stream)
+    )
     systems = Systems(args, max(map(len, prompts)))
     step = systems.plain_step(prompts[0], copy, args.max_tokens)
     print(
