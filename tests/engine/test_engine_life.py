@@ -174,12 +174,12 @@ def fails_for(victim: str, right: Callable) -> Callable:
 def test_an_exception_while_sampling(
     engine: Engine, expected: list[list[int]], place: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from server.engine import steps
+    from server.engine import verifications
 
     going = start(engine)
     for _ in range(after):
         going.step()
-    monkeypatch.setattr(steps, place, fails_for("2", getattr(steps, place)))
+    monkeypatch.setattr(verifications, place, fails_for("2", getattr(verifications, place)))
     check_others(going, expected, ("2",))
     assert going.results["2"].finish_reason == "error"
     assert going.results["2"].token_ids == expected[2][: len(going.results["2"].token_ids)]
