@@ -21,6 +21,7 @@ from kernels.draft_level import draft_level
 from kernels.gated_silu import gated_silu
 from kernels.kv_commit import kv_commit
 from kernels.linear import gated_linear, linear
+from kernels.merge_pools import merge_pools
 from kernels.noise import Noise, NoiseKey
 from kernels.rms_norm import add_rms_norm
 from kernels.rope_store import rope_store, rope_store_reference
@@ -180,6 +181,11 @@ def drafting(batch: int = 32, topk: int = 8) -> Iterator[Case]:
     yield Case(
         f"best_nodes, batch {batch}", batch * drafted * 20, lambda: best_nodes(index[:, 0].contiguous(), pool, index, index, 64, 0.0)
     )
+    more = index[:, :15].contiguous(), pool[:, :15].contiguous()
+    yield Case(
+        f"merge_pools, batch {batch}, {drafted} and 15 nodes", batch * (drafted + 15) * 40,
+        lambda: merge_pools(pool, index, index, more[1], more[0], more[0], 8),
+    )  # fmt: skip
 
 
 def bookkeeping(batch: int = 32, nodes: int = 64, layers: int = 32, accepted: int = 4) -> Iterator[Case]:
