@@ -59,8 +59,8 @@ def philox(seed: tl.tensor, position: tl.tensor, block: tl.tensor) -> tl.tensor:
 
 @jit
 def log_normal(x: tl.tensor) -> tl.tensor:
-    """ln of positive normal float32 numbers, to their last bits. ``tl.log`` knows zero, denormal numbers and infinity as well, at twice
-    the cost, which is most of what noise costs.
+    """ln of positive normal float32 numbers, to their last bits. ``tl.log`` minds zero, denormal numbers and infinity as well, and branches
+    for each value.
     """
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) & -0x800000  # that of x / (2/3): what remains, 1 + f, lies between 2/3 and 4/3

@@ -85,23 +85,16 @@ class Drafter:
         return self.head(self.head.embed(tokens), hidden, positions, attend, temperature[:, None])
 
     def extend(
-        self, rows: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
+        self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
         lengths: Tensor, temperature: Tensor, max_context: int,
     ) -> None:  # fmt: skip
         """Write draft rows from the target's true features, and keep the state of every request's last one.
 
-        rows int64 [B]: the requests' rows, one less than their places in ``state``. Of all requests' rows of the draft together, one
+        places int64 [B]: the requests' places in ``state``, one more than their rows. Of all requests' rows of the draft together, one
         request after the other: features [M, 3 * H]; tokens int64 [M]: the token after each feature; positions and physical slots int64
         [M]. last int64 [B]: each request's last row, which alone goes beyond keys and values, at logical slot ``lengths`` int64 [B] of at
         most ``max_context``; temperature float32 [B]: the requests', clamped to [0, 1].
         """
-        self._extend(rows + 1, features, tokens, positions, slots, last, block_tables, lengths, temperature, max_context)
-
-    def _extend(
-        self, rows: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
-        lengths: Tensor, temperature: Tensor, max_context: int,
-    ) -> None:  # fmt: skip
-        """``extend``; ``rows`` are places in ``state``."""
         layout = TreeLayout(block_tables, lengths, torch.zeros_like(lengths)[:, None], None, None, self.block_size, max_context)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -110,7 +103,7 @@ class Drafter:
 
         hidden = self.head.combine(features.to(self.state.dtype))
         positions = positions.clamp(max=len(self.head.rope) - 1)
-        self.state[rows] = self.head(self.head.embed(tokens), hidden, positions, attend, temperature, last)
+        self.state[places] = self.head(self.head.embed(tokens), hidden, positions, attend, temperature, last)
 
     def grow(
         self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape, options: SamplingBatch,
@@ -162,7 +155,7 @@ class Drafter:
         slots = physical_slots(block_tables, positions, self.block_size)
         last = torch.arange(len(rows), device=rows.device) * width + accepted
         features, tokens, ends = features.flatten(0, 1), tokens.clamp(min=0).flatten(), context_lens + accepted
-        self._extend(rows, features, tokens, positions.flatten(), slots.flatten(), last, block_tables, ends, temperature, max_context)
+        self.extend(rows, features, tokens, positions.flatten(), slots.flatten(), last, block_tables, ends, temperature, max_context)
         key = key._replace(positions=key.positions + accepted + 1)
         return self._static_levels(rows, block_tables, ends + 1, options, key, sigma, temperature, None, shape, max_context)
 

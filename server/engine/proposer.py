@@ -78,7 +78,7 @@ class Proposer:
         last = [end - 1 for end in accumulate(counts)]
         rows, last_rows, lengths = on_device([[request.row for request in behind], last, ends], self.device)
         tables, temperature = self.pool.tables[rows], self._temperature(behind)
-        self.drafter.extend(rows, features, entries[1], entries[0], entries[2], last_rows, tables, lengths, temperature, max(ends))
+        self.drafter.extend(rows + 1, features, entries[1], entries[0], entries[2], last_rows, tables, lengths, temperature, max(ends))
         for request, n in zip(behind, counts, strict=True):
             request.draft_len += n
             request.pending.clear()

@@ -18,7 +18,7 @@ from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.grammar import constrain
 from server.engine.graphs import Graphs
-from server.engine.host import fetch
+from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.pool import root_only
@@ -46,6 +46,15 @@ class Begun(NamedTuple):
     learn: Callable[[], None] | None
     kept: Tensor | None
     ahead: Drafted | Passed | None
+
+
+class First(NamedTuple):
+    """The first tokens of ``requests``; logits [B, 1, V]; ``answer`` waits for the tokens, and whether the logits are free of NaN."""
+
+    requests: list[Request]
+    logits: Tensor
+    verdict: Verdict
+    answer: Callable[[], list[list]]
 
 
 class Steps:
@@ -84,21 +93,18 @@ class Steps:
         begun = [self._begin(batch, *result, plan, lasting) for batch, result in zip(batches, verified, strict=True)]
         prompted = results[:1] if early else self.target.forward_parts(prompts, self.cache) if prompts else []
         first = self._first_tokens(prefilling, chunks, prompts[0], prompted[0][0]) if prefilling else None
-        answer = fetch(first[1].tokens, first[2]) if first else None
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:
             outputs += self._settle(verification, plan, stats)
-        told = answer() if answer else None
+        told = first.answer() if first else []
         if prefilling:
             extend(prefilling, chunks, *prompted[0])
             stats.prompt_tokens += sum(map(len, chunks))
-        if first is not None and told is not None:
-            outputs += self._commit(first[0], first[1], told[0], told[1], first[3], stats)
+        if first:
+            outputs += self._commit(first.requests, first.verdict, told[0], told[1], first.logits, stats)
 
-    def _first_tokens(
-        self, requests: list[Request], chunks: list[list[int]], rows: Rows, logits: Tensor
-    ) -> tuple[list[Request], Verdict, Tensor, Tensor] | None:
+    def _first_tokens(self, requests: list[Request], chunks: list[list[int]], rows: Rows, logits: Tensor) -> First | None:
         """The token after every prompt that is complete now; one that was preempted has it already."""
         complete = [
             i
@@ -108,10 +114,12 @@ class Steps:
         if not complete:
             return None
         done = [requests[i] for i in complete]
-        last = (logits if rows.keep is not None else logits[last_rows(rows.tokens, chunks)])[complete, None]  # [B, 1, V]
+        last = logits if rows.keep is not None else logits[last_rows(rows.tokens, chunks)]
+        last = last.index_select(0, on_device(complete, self.device))[:, None]  # a list as an index would wait for the device
         options, noise = self.verifications.sampling(done, 0)
         tree, options = constrain(done, root_only(placed(done, self.device).roots), options, self.target.vocab_size)
-        return done, *_verify(tree, 0, last, options, noise), last
+        verdict, healthy = _verify(tree, 0, last, options, noise)
+        return First(done, last, verdict, fetch(verdict.tokens, healthy))
 
     def _begin(self, batch: Verification, logits: Tensor, features: Tensor | None, plan: Plan, lasting: bool) -> Begun:
         """Give the device what is to be done with a verification's results; logits [B * N, V].
@@ -156,9 +164,8 @@ class Steps:
     def _go_ahead(self, batch: Verification, features: Tensor | None, verdict: Verdict, plan: Plan) -> Drafted | Passed | None:
         """With graphs the device begins with the next step while the host learns what became of this one; features: as ``_kept``."""
         requests = batch.requests
-        read = any(
-            request.params.logprobs is not None for request in requests
-        )  # graphs, which share their memory, would overwrite these logits
+        # Graphs, which share their memory, would overwrite logits that are still to be read.
+        read = any(request.params.logprobs is not None for request in requests)
         if self.graphs is None or read or all(request.num_output + 1 >= request.params.max_tokens for request in requests):
             return None
         if is_plain(plan):
