@@ -1,0 +1,82 @@
+"""The rule that chooses among trees of a few sizes, whose steps are timed at start."""
+
+from typing import Any
+
+import pytest
+
+from server.engine.costs import measure_trees
+from server.engine.drafter import TreeShape
+from server.engine.fixed_trees import FixedTreeRule
+from server.engine.types import SamplingParams
+from tests.engine.engines import build, tiny_model
+
+SHAPE = TreeShape(16, 5, 6)
+USUAL = {1: 1.0, 2: 1.8, 4: 2.6, 8: 3.2, 16: 3.6}
+
+
+def seconds(flat: float) -> dict[int, dict[int, float]]:
+    """A step takes 1 up to ``flat`` rows, and what is beyond in proportion; drafting takes 0.2."""
+    return {b: {n: max(1.0, b * n / flat) + 0.2 * (n > 1) for n in (1, 2, 4, 8, 16)} for b in (1, 2, 4, 8, 16, 32)}
+
+
+def test_steps_are_timed_after_they_were_recorded() -> None:
+    calls: list[tuple[int, int]] = []
+
+    def step(batch: int, shape: TreeShape) -> float:
+        calls.append((batch, shape.nodes))
+        return 5.0 if calls.count(calls[-1]) == 1 else batch + shape.nodes / 100
+
+    found = measure_trees(step, SHAPE, 4)
+    assert found == {b: {n: b + n / 100 for n in (1, 2, 4, 8, 16)} for b in (1, 2, 4)}
+    assert {shape for _, shape in calls} == {1, 2, 4, 8, 16}
+
+
+class TestRule:
+    """The rule on requests of a tiny engine that decodes nothing."""
+
+    def requests(self, count: int, **params: Any) -> list:
+        engine = build(tiny_model("llama"), max_num_seqs=32)
+        for i in range(count):
+            engine.add_request(str(i), [5], SamplingParams(temperature=0, **params))
+        return list(engine.scheduler.waiting)
+
+    @pytest.mark.parametrize(("batch", "nodes"), [(1, 16), (8, 8), (32, 2)])
+    def test_trees_shrink_with_the_batch(self, batch: int, nodes: int) -> None:
+        plan = FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(self.requests(batch))
+        assert plan.shape.nodes == nodes
+        assert len(plan.drafting) == batch
+        assert plan.shape.level_price == plan.shape.node_price == 0
+        assert plan.gain > 1.1
+
+    def test_nobody_drafts_where_it_cannot_pay(self) -> None:
+        rule = FixedTreeRule(SHAPE, seconds(8.0), USUAL)
+        requests = self.requests(32)
+        plans = [rule.choose(requests) for _ in range(200)]
+        tried = [i for i, plan in enumerate(plans) if plan.drafting]
+        assert 2 <= len(tried) <= 6
+        assert {len(plans[i].drafting) for i in tried} == {32}
+
+    def test_learns_what_requests_accept(self) -> None:
+        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(4)
+        steps = 0
+        while (plan := rule.choose(requests)).drafting and steps < 20:
+            steps += 1
+            plan.drafts = [(request, plan.shape.nodes - 1, 0) for request in plan.drafting]
+            plan.levels = plan.shape.depth
+            rule.observe(plan, None)
+        assert 2 < steps < 20
+
+    def test_learns_what_steps_take(self) -> None:
+        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(4)
+        for _ in range(60):
+            plan = rule.choose(requests)
+            plan.drafts = [(request, plan.shape.nodes - 1, 2) for request in plan.drafting]
+            plan.levels = plan.shape.depth
+            rule.observe(plan, 1.0 if not plan.drafting else 1.2 if plan.shape.nodes == 4 else 9.0)
+        assert plan.shape.nodes == 4
+
+    def test_requests_that_may_not_draft_do_not(self) -> None:
+        requests = self.requests(3) + self.requests(1, max_draft_nodes=0)
+        plan = FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(requests)
+        assert plan.drafting == requests[:3]
+        assert not FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(requests[3:]).drafting
