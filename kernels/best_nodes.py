@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def worthwhile_nodes(ordered: Tensor, nodes: int, node_price: float) -> int:
     return count if node_price == 0 else max(1, min(count, int((ordered.exp().amax(0) >= node_price).sum())))
 
 
-@jit
+@partial(jit, do_not_specialize=["drafted", "count"])  # so that few are compiled
 def rank_kernel(scores: tl.tensor, stays: tl.tensor, drafted: tl.tensor, count: tl.tensor, CHUNK: tl.constexpr) -> None:
     """One program per (chunk of candidates, request): a candidate stays when fewer than ``count`` are ahead of it; stays int32 [B, M]."""
     b = tl.program_id(1)
@@ -48,7 +50,7 @@ def rank_kernel(scores: tl.tensor, stays: tl.tensor, drafted: tl.tensor, count: 
     tl.store(stays + b * drafted + mine, kept.to(tl.int32), mask=mine < drafted)
 
 
-@jit
+@partial(jit, do_not_specialize=["drafted", "count"])
 def compact_kernel(
     roots: tl.tensor, stays: tl.tensor, tokens: tl.tensor, parents: tl.tensor, tokens_out: tl.tensor, parent_out: tl.tensor,
     drafted: tl.tensor, count: tl.tensor, NODES: tl.constexpr, BLOCK: tl.constexpr,

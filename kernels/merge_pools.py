@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def merge_pools_reference(
     return joined, torch.cat((tokens, more_tokens), dim=1), torch.cat((parents, above), dim=1)
 
 
-@jit
+@partial(jit, do_not_specialize=["drafted", "more", "levels"])  # they are as many as a request's text happens to propose
 def merge_pools_kernel(
     scores: tl.tensor, tokens: tl.tensor, parents: tl.tensor, more_scores: tl.tensor, more_tokens: tl.tensor, more_parents: tl.tensor,
     scores_out: tl.tensor, tokens_out: tl.tensor, parents_out: tl.tensor, drafted: tl.tensor, more: tl.tensor, levels: tl.tensor,
@@ -81,7 +83,7 @@ def merge_pools_triton(
     width = triton.next_power_of_2(more)
     merge_pools_kernel[(batch,)](
         *(part.contiguous() for part in (scores, tokens, parents, more_scores, more_tokens, more_parents)),
-        out, tokens_out, parents_out, drafted, more, levels, width, max(16, min(triton.next_power_of_2(drafted), ENTRIES // width)),
+        out, tokens_out, parents_out, drafted, more, levels, width, max(16, ENTRIES // width),
     )  # fmt: skip
     return out, tokens_out, parents_out
 

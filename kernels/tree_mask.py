@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -43,14 +45,14 @@ def tree_mask_triton(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
     ancestors = parent.new_empty((batch, nodes) if words == 1 else (batch, nodes, words))
     depth = torch.empty_like(parent)
     block = triton.next_power_of_2(nodes)
-    tree_mask_kernel[(batch,)](parent, ancestors, depth, nodes, words, _rounds(max_depth), block, num_warps=max(1, block // 32))
+    tree_mask_kernel[(batch,)](parent, ancestors, depth, nodes, _rounds(max_depth), words, block, num_warps=max(1, block // 32))
     return ancestors, depth
 
 
-@jit
+@partial(jit, do_not_specialize=["rounds"])  # texts are of any depth
 def tree_mask_kernel(
-    parent: tl.tensor, ancestors: tl.tensor, depth: tl.tensor, count: tl.tensor,
-    WORDS: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+    parent: tl.tensor, ancestors: tl.tensor, depth: tl.tensor, count: tl.tensor, rounds: tl.tensor,
+    WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """Each round doubles how far every node sees; the words are doubled one after the other, over the same jumps."""
     node = tl.arange(0, BLOCK)
@@ -59,13 +61,13 @@ def tree_mask_kernel(
     for word in tl.static_range(WORDS):
         jump = first_jump
         bits = tl.where(node // 64 == word, tl.full([BLOCK], 1, tl.int64) << (node % 64), 0)
-        for _ in tl.static_range(ROUNDS):
+        for _ in range(rounds):
             bits |= tl.gather(bits, jump, 0)
             jump = tl.gather(jump, jump, 0)
         tl.store(ancestors + row * WORDS + word, bits, mask=node < count)
     jump = first_jump
     steps = (jump != node).to(tl.int32)
-    for _ in tl.static_range(ROUNDS):
+    for _ in range(rounds):
         steps += tl.gather(steps, jump, 0)
         jump = tl.gather(jump, jump, 0)
     tl.store(depth + row, steps.to(tl.int64), mask=node < count)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -80,7 +82,7 @@ def _largest(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-@jit
+@partial(jit, do_not_specialize=["per_program"])  # it depends on the batch, and one for all batches is as fast
 def tile_best_kernel(
     logits: tl.tensor, stride_b: tl.tensor, stride_n: tl.tensor, sampling: tl.tuple, tree: tl.tuple, cuts: tl.tensor, noise: tl.tuple,
     best: tl.tensor, best_id: tl.tensor, vocab: tl.tensor, per_program: tl.tensor, BLOCK: tl.constexpr,

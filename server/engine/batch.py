@@ -30,18 +30,24 @@ class Placed(NamedTuple):
 def placed(requests: list[Request], device: torch.device) -> Placed:
     lengths = [request.context_len for request in requests]
     rows, roots = [request.row for request in requests], [request.token_ids[-1] for request in requests]
-    in_order = on_device([rows, roots, lengths], device)  # in one transfer
+    even = [0] * (len(requests) % 2)  # kernels are compiled anew for tensors that do not begin at multiples of 16 bytes
+    in_order = on_device([rows + even, roots + even, lengths + even], device)[:, : len(requests)]  # in one transfer
     return Placed(in_order[0], in_order[1], in_order[2], max(lengths))
 
 
-def causal_chunk(pool: BlockPool, requests: list[Request], starts: list[int], chunks: list[list[int]]) -> tuple[Tensor, TreeLayout]:
-    """Causal rows: padded tokens int64 [B, W] that begin at logical slots ``starts``, and their layout."""
+def causal_chunk(
+    pool: BlockPool, requests: list[Request], starts: list[int], chunks: list[list[int]], width: int | None = None
+) -> tuple[Tensor, TreeLayout]:
+    """Causal rows: padded tokens int64 [B, W] that begin at logical slots ``starts``, and their layout.
+
+    ``width``: W, with a layout that always says which rows are live; None: that of the longest chunk.
+    """
     device = pool.tables.device
-    width = max(map(len, chunks))
-    tokens = on_device([chunk + [0] * (width - len(chunk)) for chunk in chunks], device)
-    depth = torch.arange(width, device=device)
+    longest = max(map(len, chunks))
+    tokens = on_device([chunk + [0] * ((width or longest) - len(chunk)) for chunk in chunks], device)
+    depth = torch.arange(width or longest, device=device)
     live = None
-    if any(len(chunk) < width for chunk in chunks):
+    if width or any(len(chunk) < longest for chunk in chunks):
         live = depth < on_device(list(map(len, chunks)), device)[:, None]
     lengths = on_device(starts, device)
     tables = pool.tables[table_rows(requests, device)]

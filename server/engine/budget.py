@@ -37,9 +37,9 @@ class Plan:
     """What one step of ``batch`` requests may draft, for whom, and what became of it.
 
     ``copying``: requests that have trees of what their own texts propose; ``guesses``: what was looked up, by request id, None where
-    nothing was; ``lasting``: the next step will probably draft as this one does. Of those that the head drafts for, ``rows``: that their
-    draft caches are behind, but for one each; ``levels`` that trees were grown by; ``drafts``: (request, drafted nodes, accepted nodes)
-    of those that had a tree.
+    nothing was; ``lasting``: the next step will probably draft as this one does; ``apart``: by graphs, those that draft have a forward
+    pass of their own. Of those that the head drafts for, ``rows``: that their draft caches are behind, but for one each; ``levels`` that
+    trees were grown by; ``drafts``: (request, drafted nodes, accepted nodes) of those that had a tree.
     """
 
     shape: TreeShape
@@ -49,6 +49,7 @@ class Plan:
     copying: list[Request] = field(default_factory=list)
     guesses: dict[str, Draft] | None = None
     lasting: bool = False
+    apart: bool = False
     rows: int = 0
     levels: int = 0
     drafts: list[tuple[Request, int, int]] = field(default_factory=list)

@@ -1,6 +1,5 @@
 """The engine: requests come in, every step drafts, verifies and commits for all that run."""
 
-import itertools
 import logging
 import random
 import time
@@ -12,17 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from drafts.eagle3 import DraftTemperature, Eagle3Head
 from kernels.tree_mask import MAX_NODES
-from server.engine.budget import LoadRule, Plan, default_acceptance
+from server.engine import trial
+from server.engine.budget import LoadRule, Plan
 from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
-from server.engine.costs import cost_of_trees, kept_costs, machine, measure_costs, measure_trees
 from server.engine.drafter import Drafter, TreeShape
-from server.engine.fixed_trees import FixedTreeRule
 from server.engine.grammar import Grammars
-from server.engine.graphs import Graphs, cuda_recorder
+from server.engine.graphs import Graphs, cuda_recorder, half_power_of_two, power_of_two
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import Report, load
-from server.engine.ngram import FullDrafts, Ngrams
+from server.engine.ngram import Ngrams
 from server.engine.prefix_cache import PrefixCache
 from server.engine.proposer import Proposer
 from server.engine.request import Request
@@ -32,7 +30,6 @@ from server.engine.target import Target
 from server.engine.types import RequestOutput, SamplingParams, StepStats
 
 logger = logging.getLogger(__name__)
-MEASURED_PROMPT = 112  # tokens of the requests that step costs are measured with, which share the blocks of one
 DEFAULT_SIGMA: DraftTemperature = ((0.0, (0.4,)), (1.0, (0.6,)))  # drafting temperatures of heads that were never calibrated
 Work = Callable[[list[Request], list[RequestOutput]], None]
 
@@ -49,7 +46,7 @@ class Engine:
         self.max_model_len = min(config.max_model_len or target.max_positions, target.max_positions)
         drafts = head is not None or config.draft == NGRAM
         self.shape = _tree_shape(config, head is not None) if drafts else TreeShape(1, 1, 1)
-        graphs = _graphs(target, config)
+        graphs, prompt_graphs = _graphs(target, config)
         # With graphs, what is begun ahead lies behind the nodes that are verified meanwhile, and trees are filled up to powers of two. Both
         # must fit: ``physical_slots`` takes what lies past a table for slots of its last block.
         self.lookahead = self.shape.lookahead + (self.shape.nodes if graphs else 0)
@@ -62,18 +59,20 @@ class Engine:
         )
         self.pool = BlockPool(blocks, config.block_size, config.max_num_seqs, max_slots, target.device)
         self.prefix_cache = PrefixCache(self.pool, enabled=True)
-        self.scheduler = Scheduler(self.pool, self.prefix_cache, self.lookahead)
+        self.scheduler = Scheduler(self.pool, self.prefix_cache, self.lookahead, prompt_graphs is not None)
         drafter = Drafter(head, blocks, config.block_size, config.max_num_seqs) if head else None
         self.proposer = Proposer(drafter, self.pool, _sigma(head, config.draft_temperature))
         self.steps = Steps(target, self.proposer, self.pool, target.new_cache(blocks, config.block_size))
-        self.steps.use_graphs(graphs)
+        self.steps.use_graphs(graphs, prompt_graphs)
         self._eos_token_ids = _eos_token_ids(target, tokenizer)
         self.grammars = Grammars(tokenizer, target.vocab_size, self._eos_token_ids)
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
         self.load_rule: LoadRule | None = None
-        if drafts and config.load_rule and self.shape.nodes > 1:
-            self.load_rule = self._measure(target, head, config)
+        ruled = drafts and config.load_rule and self.shape.nodes > 1
+        if ruled or (graphs and not drafts):  # plain decoding has graphs to record, too
+            rule = trial.choose_rule(self, target, head, config)
+            self.load_rule = rule if ruled else None
         if drafts and (config.ngrams or head is None):
             self.proposer.ngrams = Ngrams()
         if head and config.load_rule and self.proposer.sigma is DEFAULT_SIGMA:
@@ -244,50 +243,12 @@ class Engine:
         if self.proposer.drafter:
             self.proposer.drafter.cache.clear(blocks)
 
-    def _measure(self, target: Target, head: Eagle3Head | None, config: EngineConfig) -> LoadRule:
-        """Time whole steps of requests made for it: what decides how much a load may draft."""
-        full, prompt = self.shape, [0] * max(1, min(MEASURED_PROMPT, self.max_request_tokens // 2))
-        params = SamplingParams(max_tokens=min(128, self.max_request_tokens - len(prompt)), temperature=1.0, seed=0, ignore_eos=True)
-        names = (f"measurement-{i}" for i in itertools.count())
 
-        def run(batch: int, shape: TreeShape) -> float:
-            if shape != self.shape:
-                self.shape, self.steps.ahead = shape, None
-            self.proposer.ngrams = None if head and shape.depth else FullDrafts()
-            if len(self._requests) < batch:
-                for _ in range(batch - len(self._requests)):
-                    self.add_request(next(names), prompt, params)
-                while self.step()[1].prompt_tokens:
-                    pass
-            if not self.steps.graphs:  # its cost is measured apart
-                self.proposer.sync_draft(self.scheduler.decoding())
-            return self.step()[1].seconds
-
-        def sync(batch: int, rows: int) -> float:
-            return self.proposer.sync_seconds(self.scheduler.decoding(), rows)
-
-        if self.steps.graphs:
-            seconds = measure_trees(run, full, config.max_num_seqs)
-            costs = {batch: cost_of_trees(of) for batch, of in seconds.items()}
-        else:
-            steps = f"{full}, prompts of {len(prompt)} and {params.max_tokens} tokens, batches up to {config.max_num_seqs}"
-            steps += f", blocks of {config.block_size}"
-            what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
-            costs = kept_costs(config.cost_cache, what, lambda: measure_costs(run, sync, full, config.max_num_seqs))
-        self.shape, self.proposer.ngrams, self.steps.ahead = full, None, None
-        for request_id, request in list(self._requests.items()):
-            if request in self.scheduler.running:  # all are, unless the cache is too small for them
-                self.pool.forget(request.row)
-            self.abort(request_id)
-        known = (head.metadata.acceptance_length if head and head.metadata else {}) or default_acceptance(full.nodes)
-        if self.steps.graphs and head:
-            return FixedTreeRule(full, seconds, known)
-        return LoadRule(full, costs, known, head is not None)
-
-
-def _graphs(target: Target, config: EngineConfig) -> Graphs | None:
-    """Graphs where the device has them and the configuration does not forbid them."""
-    return Graphs(cuda_recorder(target.device)) if target.device.type == "cuda" and config.cuda_graphs else None
+def _graphs(target: Target, config: EngineConfig) -> tuple[Graphs, Graphs] | tuple[None, None]:
+    """Graphs of trees and of prompts where the device has them and the configuration does not forbid them."""
+    if target.device.type != "cuda" or not config.cuda_graphs:
+        return None, None
+    return Graphs(cuda_recorder(target.device), power_of_two), Graphs(cuda_recorder(target.device), half_power_of_two)
 
 
 def _tree_shape(config: EngineConfig, head: bool) -> TreeShape:

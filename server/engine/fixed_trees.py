@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from server.engine.budget import MAX_PROBE, PROBE, START_GAIN, STOP_GAIN, LoadRule, Plan
+from server.engine.budget import MAX_PROBE, PROBE, START_GAIN, STOP_GAIN, TRYING, LoadRule, Plan
 from server.engine.costs import cost_of_trees
 from server.engine.drafter import TreeShape
 from server.engine.ngram import Draft
@@ -37,22 +37,26 @@ class FixedTreeRule(LoadRule):
         nodes = max((n for n in steps if n > 1), key=gain, default=1)
         worthwhile = nodes > 1 and gain(nodes) >= (STOP_GAIN if self._drafting else START_GAIN)
         self._drafting = self._drafting + 1 if worthwhile else 0
+        chosen = able if worthwhile else self._tried(able if nodes > 1 else [], batch)
         if worthwhile or not able or nodes == 1:
             self._interval, self._since_probe = PROBE, 0
-        else:
-            self._since_probe += 1
-            if self._since_probe >= self._interval:  # to see whether it has become worth while
-                self._interval, self._since_probe, worthwhile = min(2 * self._interval, MAX_PROBE), 0, True
-        shape = self.shape.shrunk(nodes)
-        bound = [] if worthwhile else [request for request in able if request.matcher is not None]
-        hoped = max(1.0, gain(nodes)) if self._drafting else 1.0
-        lasting = self._drafting > 0 or (not worthwhile and self._since_probe + 1 < self._interval)
-        return Plan(shape, able if worthwhile else [], hoped, batch, bound, lasting=lasting)
+        bound = [] if chosen else [request for request in able if request.matcher is not None]
+        hoped = max(1.0, gain(nodes)) if worthwhile else 1.0
+        lasting = worthwhile or (not chosen and self._since_probe + 1 < self._interval)
+        return Plan(self.shape.shrunk(nodes), chosen, hoped, batch, bound, lasting=lasting, apart=not worthwhile)
+
+    def _tried(self, able: list[Request], batch: int) -> list[Request]:
+        """The requests that draft now and then, to see whether it has become worth while: those whose draft caches are the least behind."""
+        self._since_probe += 1
+        if not able or self._since_probe < self._interval:
+            return []
+        self._interval, self._since_probe = min(2 * self._interval, MAX_PROBE), 0
+        return sorted(able, key=lambda request: request.num_pending)[: max(TRYING, batch // TRYING)]
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
         if plan.drafts:
             super().observe(plan, None)
-        if seconds is None or not plan.batch or plan.copying:
+        if seconds is None or not plan.batch or plan.copying or (plan.drafting and plan.apart):
             return
         steps, nodes = self._steps[self._measured(plan.batch)], plan.shape.nodes if plan.drafts else 1
         steps[nodes] += (min(seconds, _OUTLIER * steps[nodes]) - steps[nodes]) * _NEWS

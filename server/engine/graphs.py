@@ -23,12 +23,12 @@ class _Recording(NamedTuple):
 class Graphs:
     """Runs functions of tensors by graphs. Used from one thread; results may be overwritten by the next run, of whatever function.
 
-    The entries of a batch are filled up with zeros to one of a few sizes, so that a function must give each entry the same whatever
-    stands beside it, and must not mind entries of zeros. ``record``: see ``Recorder``.
+    The entries of a batch are filled up with zeros to one of a few sizes, which ``filled_up`` tells, so that a function must give each
+    entry the same whatever stands beside it, and must not mind entries of zeros. ``record``: see ``Recorder``.
     """
 
-    def __init__(self, record: Recorder) -> None:
-        self._record = record
+    def __init__(self, record: Recorder, filled_up: Callable[[int], int]) -> None:
+        self._record, self._filled_up = record, filled_up
         self._kept: OrderedDict[Hashable, _Recording | None] = OrderedDict()
 
     def run(self, function: Callable[..., Any], *tensors: Any, **fixed: Hashable) -> Any:
@@ -38,7 +38,7 @@ class Graphs:
         leaves: list[Tensor] = []
         form = _mapped(tensors, lambda leaf: leaves.append(leaf) or ...)  # type: ignore[func-returns-value]
         count = leaves[0].shape[0]
-        sizes = tuple((_filled_up(leaf.shape[0]), leaf.shape[1:], leaf.dtype) for leaf in leaves)
+        sizes = tuple((self._filled_up(leaf.shape[0]), leaf.shape[1:], leaf.dtype) for leaf in leaves)
         key = (function, form, sizes, *fixed.items())
         if key not in self._kept:
             self._kept[key] = self._recorded(function, tensors, leaves, fixed)
@@ -55,7 +55,7 @@ class Graphs:
     def _recorded(self, function: Callable[..., Any], tensors: tuple, leaves: list[Tensor], fixed: dict[str, Any]) -> _Recording | None:
         """None where it cannot be recorded, for want of memory say."""
         try:
-            held = [leaf.new_zeros(_filled_up(leaf.shape[0]), *leaf.shape[1:]) for leaf in leaves]
+            held = [leaf.new_zeros(self._filled_up(leaf.shape[0]), *leaf.shape[1:]) for leaf in leaves]
             _fill(held, leaves)
             arguments = iter(held)
             own = _mapped(tensors, lambda _: next(arguments))
@@ -99,9 +99,15 @@ def cuda_recorder(device: torch.device) -> Recorder:
     return record
 
 
-def _filled_up(count: int) -> int:
-    """The next power of two: a GPU takes as long for few as for somewhat more, and all sizes can be recorded at start."""
+def power_of_two(count: int) -> int:
+    """The next one: a GPU takes as long for few as for somewhat more, and all sizes can be recorded at start."""
     return 1 << (count - 1).bit_length()
+
+
+def half_power_of_two(count: int) -> int:
+    """1, 2, 3, 4, 6, 8, 12, ...: where a GPU takes twice as long for twice as many."""
+    power = power_of_two(count)
+    return power * 3 // 4 if 4 * count <= 3 * power else power
 
 
 def _fill(held: list[Tensor], leaves: list[Tensor]) -> None:

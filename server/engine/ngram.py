@@ -122,6 +122,14 @@ class Draft:
         bought = [tokens for tokens in survival if tokens >= price]
         return sum(bought), len(bought)
 
+    def proposed(self) -> tuple[list[float], list[int], list[int]]:
+        """Scores, tokens and parents of the nodes that ``keep`` has left."""
+        if -math.inf not in self.scores:
+            return self.scores, self.tokens, self.parents
+        kept = [place for place, score in enumerate(self.scores) if score > -math.inf]
+        renamed = {0: 0} | {place + 1: i for i, place in enumerate(kept, 1)}
+        return [self.scores[i] for i in kept], [self.tokens[i] for i in kept], [renamed[self.parents[i]] for i in kept]
+
     def keep(self, nodes: int) -> None:
         """Propose the best ``nodes`` alone; of equal scores the first, so that a kept node's parent is kept."""
         for place in sorted(range(len(self.scores)), key=self.scores.__getitem__, reverse=True)[nodes:]:
@@ -135,15 +143,17 @@ class Candidates(NamedTuple):
     depth: int
 
     @classmethod
-    def of(cls, drafts: list[Draft] | None) -> "Candidates | None":
-        """None where there are none."""
-        width = max(len(draft.tokens) for draft in drafts) if drafts else 0
-        if drafts is None or width == 0:
+    def of(cls, drafts: list[Draft] | None, width: int = 0) -> "Candidates | None":
+        """What the drafts propose, padded to ``width`` nodes at least; None where that is nothing."""
+        proposed = [draft.proposed() for draft in drafts or ()]
+        most = max((len(tokens) for _, tokens, _ in proposed), default=0)
+        if drafts is None or most == 0:
             return None
-        scores = torch.tensor([draft.scores + [-math.inf] * (width - len(draft.scores)) for draft in drafts])
-        tokens = torch.tensor([draft.tokens + [-1] * (width - len(draft.tokens)) for draft in drafts])
-        parents = torch.tensor([draft.parents + [0] * (width - len(draft.parents)) for draft in drafts])
-        return cls(Pool(scores, tokens, parents), max(draft.depth for draft in drafts))
+        columns = (
+            torch.tensor([values + [padding] * (max(most, width) - len(values)) for values in column])
+            for column, padding in zip(zip(*proposed, strict=True), (-math.inf, -1, 0), strict=True)
+        )
+        return cls(Pool(*columns), max(draft.depth for draft in drafts))
 
 
 class Ngrams:

@@ -1,7 +1,12 @@
 """Prompts in chunks: their rows of a forward pass, and what these leave behind."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
+from kernels.tree_layout import TreeLayout
 from server.engine.batch import causal_chunk
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
@@ -10,31 +15,63 @@ from server.engine.request import Request
 from server.engine.target import Rows
 from server.engine.types import TokenLogprob
 
+PIECE = 32  # rows of a prompt that are an entry of a graph's batch
 
-def prompt_rows(pool: BlockPool, requests: list[Request], chunks: list[list[int]]) -> Rows:
-    """The next chunk of every prompt; the logits of its last row, or of all where some request wants them."""
-    tokens, layout = causal_chunk(pool, requests, [request.context_len for request in requests], chunks)
+
+class Prompts(NamedTuple):
+    """The next chunk of every prompt. ``firsts``: the flat row of ``rows`` that each begins with; its others follow."""
+
+    requests: list[Request]
+    chunks: list[list[int]]
+    firsts: list[int]
+    rows: Rows
+
+    def last_rows(self, places: Sequence[int]) -> list[int]:
+        """The flat row of the last token of the chunks at ``places``."""
+        return [self.firsts[i] + len(self.chunks[i]) - 1 for i in places]
+
+
+def prompt_rows(pool: BlockPool, requests: list[Request], width: int, in_pieces: bool) -> Prompts:
+    """The next chunk of every prompt, of at most ``width`` tokens; the logits of its last row, or of all where some request wants them.
+
+    ``in_pieces``: every PIECE rows are an entry of the batch, which sees those before it as its context, so that graphs need few sizes.
+    """
+    chunks = [request.token_ids[request.context_len : min(request.prefill_len, request.context_len + width)] for request in requests]
+    size = PIECE if in_pieces else max(map(len, chunks))
+    entries = [(i, begin) for i, chunk in enumerate(chunks) for begin in range(0, len(chunk), size)]
+    tokens, layout = causal_chunk(
+        pool, [requests[i] for i, _ in entries], [requests[i].context_len + begin for i, begin in entries],
+        [chunks[i][begin : begin + size] for i, begin in entries], PIECE if in_pieces else None,
+    )  # fmt: skip
+    firsts = [entry * size for entry, (_, begin) in enumerate(entries) if begin == 0]
+    prompts = Prompts(requests, chunks, firsts, Rows(tokens, layout))
     if any(request.prompt_alternatives is not None for request in requests):
-        return Rows(tokens, layout)
-    return Rows(tokens, layout, last_rows(tokens, chunks))
+        return prompts
+    last = on_device(prompts.last_rows(range(len(chunks))), tokens.device)
+    return prompts._replace(rows=Rows(tokens, layout, last))
 
 
-def last_rows(tokens: Tensor, chunks: list[list[int]]) -> Tensor:
-    """The flat row of every chunk's last token, int64 [B]; tokens [B, W]."""
-    return on_device([i * tokens.shape[1] + len(chunk) - 1 for i, chunk in enumerate(chunks)], tokens.device)
-
-
-def extend(requests: list[Request], chunks: list[list[int]], logits: Tensor, features: Tensor | None) -> None:
-    """Note what the chunks have computed; logits as ``prompt_rows`` asked for them."""
-    width = max(map(len, chunks))
-    reports: list[list[TokenLogprob]] = [[] for _ in requests]
-    for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
+def extend(prompts: Prompts, logits: Tensor, features: Tensor | None) -> None:
+    """Note what the chunks have computed; logits and features as a forward pass returns them."""
+    reports: list[list[TokenLogprob]] = [[] for _ in prompts.requests]
+    for i, (request, chunk, first) in enumerate(zip(prompts.requests, prompts.chunks, prompts.firsts, strict=True)):
         if request.prompt_alternatives is not None:
             following = request.token_ids[request.context_len + 1 : request.context_len + len(chunk) + 1]
-            reports[i] = token_logprobs(logits[i * width :][: len(following)], following, request.prompt_alternatives)
+            reports[i] = token_logprobs(logits[first:][: len(following)], following, request.prompt_alternatives)
+    computed = None if features is None else features.flatten(0, 1)
     # Only now, when nothing can fail any more, are requests changed.
-    for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True)):
-        request.prompt_logprobs += reports[i]
-        if features is not None:
-            request.pending.append(features[i, : len(chunk)])
+    for request, chunk, first, report in zip(prompts.requests, prompts.chunks, prompts.firsts, reports, strict=True):
+        request.prompt_logprobs += report
+        if computed is not None:
+            request.pending.append(computed[first : first + len(chunk)])
         request.context_len += len(chunk)
+
+
+def blank_rows(pool: BlockPool, entries: int) -> Rows:
+    """As many entries of a batch as prompts in pieces may have, of nobody's: to record graphs with."""
+    device = pool.tables.device
+    tokens, lengths = (torch.zeros(size, dtype=torch.long, device=device) for size in ((entries, PIECE), (entries,)))
+    rows = torch.arange(PIECE, device=device)
+    tables = torch.zeros_like(pool.tables[:1]).expand(entries, -1)
+    layout = TreeLayout(tables, lengths, rows.expand(entries, -1), None, (rows == 0).expand(entries, -1), pool.block_size, 0)
+    return Rows(tokens, layout, torch.arange(entries, device=device) * PIECE)

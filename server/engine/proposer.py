@@ -165,7 +165,7 @@ class Proposer:
                 grown = self.drafter.grow(at.rows, tables, at.lengths, at.longest, shape, options, noise, sigma, temperature, limits)
             pool, depth, self.guesses = grown
             self.levels = depth
-            if guesses := Candidates.of(drafts):
+            if guesses := Candidates.of(drafts, 0 if self.drafter.graphs is None else shape.nodes - 1):  # kernels have sizes, too
                 pool = merge(pool, guesses.pool.to(self.device), min(depth, guesses.depth))
                 depth = max(depth, guesses.depth)
             return best_tree(at.roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)

@@ -4,20 +4,21 @@ from collections import deque
 
 from server.engine.kv_cache import BlockPool
 from server.engine.prefix_cache import PrefixCache
+from server.engine.prompts import PIECE
 from server.engine.request import Request
 from server.engine.types import StepStats
 
 PREFILL_ROWS = 512  # prompt tokens of one forward pass on a CPU, padding included,
-GPU_PREFILL_ROWS = 2048  # and on a GPU, which takes as long to launch the pass as to compute some hundred rows
+GPU_PREFILL_ROWS = 2048  # and on a GPU, which computes many at once faster
 
 
 class Scheduler:
     """First come, first served. A request runs when the pool has blocks for what it must compute first; when blocks run out later, the
-    request that came last waits again and is computed anew.
+    request that came last waits again and is computed anew. ``in_pieces``: prompts are padded to whole pieces, else to the longest.
     """
 
-    def __init__(self, pool: BlockPool, prefix_cache: PrefixCache, lookahead: int) -> None:
-        self.pool, self.prefix_cache, self.lookahead = pool, prefix_cache, lookahead
+    def __init__(self, pool: BlockPool, prefix_cache: PrefixCache, lookahead: int, in_pieces: bool) -> None:
+        self.pool, self.prefix_cache, self.lookahead, self.in_pieces = pool, prefix_cache, lookahead, in_pieces
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
 
@@ -53,17 +54,20 @@ class Scheduler:
         self.waiting.appendleft(request)
 
     def next_prefill(self) -> tuple[list[Request], int]:
-        """Requests whose next prompt chunk is computed now, and the chunk's width: at most so many rows, padding included."""
+        """Requests whose next prompt chunk is computed now, and the most tokens of a chunk; in all, padding included, so many rows as are
+        computed at once.
+        """
         most = GPU_PREFILL_ROWS if self.pool.tables.is_cuda else PREFILL_ROWS
         batch: list[Request] = []
-        width = 0
+        width = rows = 0
         for request in self.running:
             if request.prefilling:
-                wanted = max(width, min(request.prefill_len - request.context_len, most))
-                if wanted * (len(batch) + 1) > most:
+                own = min(request.prefill_len - request.context_len, most)
+                rows = rows + -(-own // PIECE) * PIECE if self.in_pieces else max(width, own) * (len(batch) + 1)
+                if rows > most:
                     break
                 batch.append(request)
-                width = wanted
+                width = max(width, own)
         return batch, width
 
     def decoding(self) -> list[Request]:

@@ -17,12 +17,12 @@ from server.engine.batch import placed
 from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.grammar import constrain
-from server.engine.graphs import Graphs
+from server.engine.graphs import Graphs, half_power_of_two
 from server.engine.host import fetch, on_device
-from server.engine.kv_cache import BlockPool, PagedTensors
+from server.engine.kv_cache import PADDING_BLOCK, BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.pool import root_only
-from server.engine.prompts import extend, last_rows, prompt_rows
+from server.engine.prompts import PIECE, Prompts, blank_rows, extend, prompt_rows
 from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.target import Rows, Target
@@ -66,12 +66,19 @@ class Steps:
         self.graphs: Graphs | None = None
         self.ahead: Drafted | Passed | None = None  # what the last step began of the next one
 
-    def use_graphs(self, graphs: Graphs | None) -> None:
+    def use_graphs(self, graphs: Graphs | None, prompt_graphs: Graphs | None) -> None:
         """Replay what has fixed sizes: then requests draft together or not at all, and nothing waits for the device in between."""
         self.graphs = self.target.graphs = graphs
+        self.target.prompt_graphs = prompt_graphs
         self.verifications.fixed = graphs is not None
         if self.proposer.drafter:
             self.proposer.drafter.graphs = graphs
+
+    def record_prompts(self, rows: int) -> None:
+        """Record the graphs of prompts for up to ``rows`` rows of a forward pass."""
+        for entries in sorted({half_power_of_two(count) for count in range(1, rows // PIECE + 1)}):
+            self.target.forward_parts([blank_rows(self.pool, entries)], self.cache)
+        self.cache.clear([PADDING_BLOCK])
 
     def run(self, requests: list[Request], outputs: list[RequestOutput], width: int, plan: Plan, stats: StepStats) -> None:
         """One forward pass: a chunk of at most ``width`` tokens for requests that compute their prompts, a verification for the others.
@@ -81,41 +88,41 @@ class Steps:
         ahead, self.ahead = self.ahead, None
         prefilling = [request for request in requests if request.prefilling]
         decoding = [request for request in requests if not request.prefilling]
-        chunks = [request.token_ids[request.context_len : min(request.prefill_len, request.context_len + width)] for request in prefilling]
-        prompts = [prompt_rows(self.pool, prefilling, chunks)] if prefilling else []
+        prompts = prompt_rows(self.pool, prefilling, width, self.graphs is not None) if prefilling else None
         batches = self.verifications.of(decoding, plan, ahead) if decoding else []
         rows = [batch.rows for batch in batches if batch.passed is None]
-        # A CPU computes all rows together. By graphs the device is at work on trees while the host launches what prompts need one by one.
-        early = [] if self.graphs else prompts
+        # A CPU computes all rows together. By graphs prompts come last, so that the host learns what became of the trees meanwhile.
+        early = [prompts.rows] if prompts and not self.graphs else []
         results = self.target.forward_parts([*early, *rows], self.cache) if early or rows else []
         verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results[len(early) :]
         lasting = plan.lasting and len(batches) == 1 and len(batches[0].requests) == len(decoding)
         begun = [self._begin(batch, *result, plan, lasting) for batch, result in zip(batches, verified, strict=True)]
-        prompted = results[:1] if early else self.target.forward_parts(prompts, self.cache) if prompts else []
-        first = self._first_tokens(prefilling, chunks, prompts[0], prompted[0][0]) if prefilling else None
+        if prompts and self.graphs:
+            results = self.target.forward_parts([prompts.rows], self.cache)
+        first = self._first_tokens(prompts, results[0][0]) if prompts else None
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:
             outputs += self._settle(verification, plan, stats)
         told = first.answer() if first else []
-        if prefilling:
-            extend(prefilling, chunks, *prompted[0])
-            stats.prompt_tokens += sum(map(len, chunks))
+        if prompts:
+            extend(prompts, *results[0])
+            stats.prompt_tokens += sum(map(len, prompts.chunks))
         if first:
             outputs += self._commit(first.requests, first.verdict, told[0], told[1], first.logits, stats)
 
-    def _first_tokens(self, requests: list[Request], chunks: list[list[int]], rows: Rows, logits: Tensor) -> First | None:
+    def _first_tokens(self, prompts: Prompts, logits: Tensor) -> First | None:
         """The token after every prompt that is complete now; one that was preempted has it already."""
         complete = [
             i
-            for i, (request, chunk) in enumerate(zip(requests, chunks, strict=True))
+            for i, (request, chunk) in enumerate(zip(prompts.requests, prompts.chunks, strict=True))
             if request.context_len + len(chunk) == request.prefill_len and not request.num_output
         ]
         if not complete:
             return None
-        done = [requests[i] for i in complete]
-        last = logits if rows.keep is not None else logits[last_rows(rows.tokens, chunks)]
-        last = last.index_select(0, on_device(complete, self.device))[:, None]  # a list as an index would wait for the device
+        done = [prompts.requests[i] for i in complete]
+        wanted = complete if prompts.rows.keep is not None else prompts.last_rows(complete)
+        last = logits.index_select(0, on_device(wanted, self.device))[:, None]  # a list as an index would wait for the device
         options, noise = self.verifications.sampling(done, 0)
         tree, options = constrain(done, root_only(placed(done, self.device).roots), options, self.target.vocab_size)
         verdict, healthy = _verify(tree, 0, last, options, noise)
@@ -127,8 +134,10 @@ class Steps:
         ``lasting``: the next step will probably be of this kind, for these requests.
         """
         logits, tree = logits.unflatten(0, batch.tree.tokens.shape), batch.tree
-        verdict, healthy = _verify(tree, batch.reach, logits, batch.options, batch.noise)
         layout, is_tree = batch.rows.layout, tree.tokens.shape[1] > 1
+        # What is given to graphs, and what kernels are compiled for, has one size for all trees of as many nodes.
+        depth = batch.reach if self.graphs is None else tree.tokens.shape[1] - 1
+        verdict, healthy = _verify(tree, depth, logits, batch.options, batch.noise)
         if is_tree:  # what survived moves to the front of the cache
             kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
         drafted = (tree.tokens >= 0).sum(1) - 1 if is_tree else verdict.num_accepted  # none

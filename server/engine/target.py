@@ -22,6 +22,7 @@ SUPPORTED = (
     "granite", "smollm3", "cohere2", "gpt2", "opt",
 )  # fmt: skip
 """Model types compared with eager attention on trees, with and without a committed prefix (tests/engine)."""
+PROMPT_CONTEXT = 4096  # of a prompt's graph at least: few are longer, and what is not there costs next to nothing
 
 
 class Rows(NamedTuple):
@@ -122,7 +123,8 @@ class Target:
     """A causal LM with its paged cache.
 
     ``taps``: collect the low, middle and high hidden states for a draft head. ``decoder``: the forward pass of ``model``, where it is not
-    transformers' own. ``graphs``: replays it for trees.
+    transformers' own. ``graphs``: replays it for trees; ``prompt_graphs``: for pieces of prompts, over memory of its own, since trees are
+    still looked at while prompts are computed.
     """
 
     def __init__(self, model: PreTrainedModel, taps: bool, decoder: Decoder | None = None) -> None:
@@ -140,6 +142,7 @@ class Target:
         self.taps = feature_layers(self.num_layers) if taps else ()
         self.decoder = decoder
         self.graphs: Graphs | None = None
+        self.prompt_graphs: Graphs | None = None
         self._features: list[Tensor] | None = None  # a list while our own forward pass runs: others may use the model too
         if decoder is None:
             layers = decoder_layers(model, self.num_layers)
@@ -169,7 +172,7 @@ class Target:
         if self.graphs is None or self.decoder is None:
             return self._pass(parts, cache)
         alone = sum(part.layout.ancestors is not None for part in parts) == 1
-        return [self._pass([part], cache)[0] if part.layout.ancestors is None else self._replay(part, cache, alone) for part in parts]
+        return [self._replay_prompts(part, cache) if part.layout.ancestors is None else self._replay(part, cache, alone) for part in parts]
 
     def _replay(self, part: Rows, cache: PagedTensors, alone: bool) -> tuple[Tensor, Tensor | None]:
         """``forward`` of trees without padding rows; the results of one that is ``alone`` are gone with the next."""
@@ -194,6 +197,27 @@ class Target:
         layout = TreeLayout(tables, lengths, depth, ancestors, None, block_size, max_context)
         logits, features = self._pass([Rows(tokens, layout)], cache)[0]
         return logits.unflatten(0, tokens.shape), features
+
+    def _replay_prompts(self, part: Rows, cache: PagedTensors) -> tuple[Tensor, Tensor | None]:
+        """``forward`` of prompts in pieces of one width; ``keep`` names last live rows of some pieces."""
+        assert self.prompt_graphs is not None
+        if part.keep is None:  # all rows' logits, which few requests want
+            return self._pass([part], cache)[0]
+        layout = part.layout
+        logits, features = self.prompt_graphs.run(
+            self._pieces, part.tokens, layout.block_tables, layout.context_lens, layout.live,
+            cache=cache, block_size=layout.block_size, max_context=graph_context(layout.max_context, PROMPT_CONTEXT),
+        )  # fmt: skip
+        return logits.index_select(0, part.keep // part.tokens.shape[1]), None if features is None else features.clone()
+
+    def _pieces(
+        self, tokens: Tensor, tables: Tensor, lengths: Tensor, live: Tensor, cache: PagedTensors, block_size: int, max_context: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """As a function for graphs: logits [B, V] of every piece's last live row, and features [B, N, 3 * H]."""
+        rows = torch.arange(tokens.shape[1], device=tokens.device)
+        layout = TreeLayout(tables, lengths, rows.expand(len(tokens), -1), None, live, block_size, max_context)
+        keep = torch.arange(len(tokens), device=tokens.device) * len(rows) + live.sum(1).clamp(min=1) - 1
+        return self._pass([Rows(tokens, layout, keep)], cache)[0]
 
     def _pass(self, parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
         rows = [_computed(part.layout) for part in parts]
@@ -256,7 +280,7 @@ def _kept(parts: list[Rows], rows: list[Tensor | None]) -> tuple[Tensor | None, 
         count = part.tokens.numel() if picked is None else len(picked)
         own = torch.arange(count, device=device) if part.keep is None else part.keep
         if part.keep is not None and picked is not None:
-            own = torch.searchsorted(picked, part.keep)
+            own = torch.searchsorted(picked, part.keep).clamp(max=len(picked) - 1)  # of an entry that graphs have filled up: whatever
         kept.append(own + first)
         first += count
     everything = all(part.keep is None for part in parts)

@@ -49,7 +49,7 @@ class Verifications:
 
     def of(self, requests: list[Request], plan: Plan, ahead: Drafted | Passed | None) -> list[Verification]:
         """Trees for those that draft, the roots alone for the others, but for text that a grammar demands."""
-        if plan.drafting and plan.shape.nodes > 1 and self.fixed:
+        if plan.drafting and plan.shape.nodes > 1 and self.fixed and not plan.apart:
             return self._draft(requests, plan, ahead if isinstance(ahead, Drafted) else None)
         passed = ahead.of(requests) if isinstance(ahead, Passed) and is_plain(plan) else None
         if passed is not None:

@@ -107,12 +107,12 @@ def test_costs_that_cannot_be_kept_are_measured(tmp_path: Path, caplog: pytest.L
 def test_an_engine_starts_with_the_costs_of_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     first = build(model, random_head(model), load_rule=True, cost_cache=tmp_path)
-    monkeypatch.setattr("server.engine.engine.measure_costs", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("server.engine.trial.measure_costs", lambda *_: pytest.fail("measured again"))
     second = build(model, random_head(model), load_rule=True, cost_cache=tmp_path)
     assert first.load_rule is not None
     assert second.load_rule is not None
     assert second.load_rule.costs == first.load_rule.costs
-    monkeypatch.setattr("server.engine.engine.measure_costs", lambda *_: steps(0.1, 0.1))
+    monkeypatch.setattr("server.engine.trial.measure_costs", lambda *_: steps(0.1, 0.1))
     other = build(model, random_head(model), load_rule=True, cost_cache=tmp_path, tree_nodes=4)
     assert other.load_rule is not None
     assert other.load_rule.costs == steps(0.1, 0.1)

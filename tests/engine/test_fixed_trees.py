@@ -54,7 +54,8 @@ class TestRule:
         plans = [rule.choose(requests) for _ in range(200)]
         tried = [i for i, plan in enumerate(plans) if plan.drafting]
         assert 2 <= len(tried) <= 6
-        assert {len(plans[i].drafting) for i in tried} == {32}
+        assert {len(plans[i].drafting) for i in tried} == {8}, "a few tell as much"
+        assert all(plans[i].apart for i in tried)
 
     def test_learns_what_requests_accept(self) -> None:
         rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(4)

@@ -16,9 +16,10 @@ from server.engine.costs import StepCost
 from server.engine.drafter import Grown
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.fixed_trees import FixedTreeRule
-from server.engine.graphs import MAX_GRAPHS, Graphs
+from server.engine.graphs import MAX_GRAPHS, Graphs, half_power_of_two, power_of_two
 from server.engine.kv_cache import PagedTensors
 from server.engine.lean import LeanDecoder
+from server.engine.prompts import PIECE
 from server.engine.request import Request
 from server.engine.target import Rows, Target
 from server.engine.types import Grammar, SamplingParams, Tree
@@ -63,10 +64,16 @@ class Recorded:
 
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    """Engines made in a test use graphs."""
+def recorded_prompts() -> Recorded:
+    return Recorded()
+
+
+@pytest.fixture
+def recorded(recorded_prompts: Recorded, monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """Engines made in a test use graphs; those of trees are counted here."""
     counting = Recorded()
-    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: Graphs(counting))
+    both = Graphs(counting, power_of_two), Graphs(recorded_prompts, half_power_of_two)
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: both)
     return counting
 
 
@@ -80,7 +87,7 @@ def test_batches_are_filled_up_with_zeros() -> None:
     def other(x: Tensor, rest: tuple[Tensor | None, Tensor], scale: int) -> Tensor:
         return x - scale
 
-    graphs = Graphs(Recorded())
+    graphs = Graphs(Recorded(), power_of_two)
     for batch in (5, 8, 3, 7, 6):
         x, y = torch.arange(batch) + 1, torch.ones(batch, 4)
         doubled, (sums, nothing) = graphs.run(function, x, (None, y), scale=2)
@@ -99,7 +106,7 @@ def test_what_cannot_be_recorded_runs_all_the_same() -> None:
     def fails(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         raise RuntimeError("out of memory")
 
-    graphs = Graphs(fails)
+    graphs = Graphs(fails, power_of_two)
     for _ in range(2):
         assert graphs.run(torch.neg, torch.arange(3)).tolist() == [0, -1, -2]
 
@@ -109,7 +116,7 @@ def test_a_bounded_number_is_kept() -> None:
         return x + number
 
     counting = Recorded()
-    graphs = Graphs(counting)
+    graphs = Graphs(counting, power_of_two)
     for number in [*range(MAX_GRAPHS + 10), 0, MAX_GRAPHS + 9]:
         assert graphs.run(function, torch.zeros(1), number=number).item() == number
     assert counting.count == MAX_GRAPHS + 11
@@ -150,7 +157,7 @@ def test_every_option_gives_the_text_of_plain_decoding(
     engine = demo_engine(max_num_seqs=7, load_rule=rule)
     assert isinstance(engine.load_rule, FixedTreeRule) == rule
     results = run(engine, requests)
-    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: None)
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: (None, None))
     plain = run(demo_engine(head=False, max_num_seqs=7), requests)
     assert [result.token_ids for result in results] == [result.token_ids for result in plain]
     assert [[entry.token_id for entry in result.logprobs] for result in results] == [[e.token_id for e in r.logprobs] for r in plain]
@@ -172,16 +179,25 @@ def test_ngrams_without_a_head(
     results = run(engine, requests)
     assert recorded.count <= 3 * 5 + 3
     assert sum(result.speculation.num_accepted_tokens for result in results) > 20
-    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: None)
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: (None, None))
     plain = run(demo_engine(head=False, max_num_seqs=4), requests)
     assert [result.token_ids for result in results] == [result.token_ids for result in plain]
 
 
-def test_prompts_of_any_length_are_not_recorded(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
-    prompt = [token for text in demo_prompts[:5] for token in text]
-    requests = [(prompt[:length], SamplingParams(max_tokens=4, temperature=0)) for length in range(40, 120, 5)]
-    run(demo_engine(max_num_seqs=1), requests)
-    assert recorded.count <= 8
+def test_prompts_of_any_length_need_few_graphs(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, recorded_prompts: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and beside each other and beside trees, from one token to more than are computed at once."""
+    monkeypatch.setattr("server.engine.scheduler.PREFILL_ROWS", 4 * PIECE)
+    text = [token for prompt in demo_prompts for token in prompt][:200]
+    lengths = [1, 2, PIECE - 1, PIECE, PIECE + 1, *range(40, 120, 9), 4 * PIECE, 4 * PIECE + 1, 180]
+    requests = [(text[:length], SamplingParams(max_tokens=8, temperature=i % 2, seed=i)) for i, length in enumerate(lengths)]
+    results = run(demo_engine(max_num_seqs=3), requests)
+    assert recorded_prompts.count == 4, "of 1, 2, 3 and 4 pieces"
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: (None, None))
+    plain = run(demo_engine(head=False, max_num_seqs=3), requests)
+    assert [result.token_ids for result in results] == [result.token_ids for result in plain]
+    assert sum(result.speculation.num_accepted_tokens for result in results) > 0
 
 
 def test_a_draft_of_nan_is_counted_and_not_asked_for_again(recorded: Recorded) -> None:
@@ -308,7 +324,7 @@ def test_passes_are_made_ahead_of_plain_steps(
         if step in (10, 17):
             engine.abort("aborted" if step == 10 else "aborted too")
     results = running.finish()
-    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: None)
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: (None, None))
     monkeypatch.setattr(Target, "forward_parts", forward_parts)
     plain = run(demo_engine(head=False, max_num_seqs=4), requests)
     assert [results[str(i)].token_ids for i in range(len(requests))] == [result.token_ids for result in plain]
@@ -346,7 +362,7 @@ def test_trees_that_are_filled_up_end_where_the_context_does(recorded: Recorded,
         options = {"decoder": LeanDecoder, "max_model_len": length, "block_size": 32, "max_num_seqs": 4}
         trees = {"tree_nodes": 33, "tree_depth": 3, "tree_topk": 16, "ngrams": False}
         with monkeypatch.context() as plainly:
-            plainly.setattr(engine_module, "_graphs", lambda target, config: None)
+            plainly.setattr(engine_module, "_graphs", lambda target, config: (None, None))
             plain = run(build(model, **options), requests)
         results = run(build(model, random_head(model), **options, **trees), requests)
         different += sum(mine.token_ids != other.token_ids for mine, other in zip(results, plain, strict=True))

@@ -1,0 +1,90 @@
+"""What an engine tries before it serves: whole steps of requests made for it. They record graphs, and tell what steps cost."""
+
+from typing import TYPE_CHECKING
+
+from drafts.eagle3 import Eagle3Head
+from server.engine.budget import LoadRule, default_acceptance
+from server.engine.config import EngineConfig
+from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees
+from server.engine.drafter import TreeShape
+from server.engine.fixed_trees import FixedTreeRule
+from server.engine.ngram import FullDrafts
+from server.engine.scheduler import GPU_PREFILL_ROWS
+from server.engine.target import Target
+from server.engine.types import SamplingParams
+
+if TYPE_CHECKING:
+    from server.engine.engine import Engine
+
+PROMPT_TOKENS, NEW_TOKENS = 112, 128  # of the requests, which share the prompt's blocks
+
+
+def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, config: EngineConfig) -> LoadRule:
+    """The rule that decides how much a load may draft, from the cost of steps on this machine."""
+    full, trial = engine.shape, _Trial(engine, head is not None)
+    known = (head.metadata.acceptance_length if head and head.metadata else {}) or default_acceptance(full.nodes)
+    try:
+        if not engine.steps.graphs:
+            return LoadRule(full, _costs(trial, target, head, config), known, head is not None)
+        engine.steps.record_prompts(GPU_PREFILL_ROWS)
+        seconds = measure_trees(trial.step, full, config.max_num_seqs)
+    finally:
+        trial.end()
+    if head:
+        return FixedTreeRule(full, seconds, known)
+    return LoadRule(full, {batch: cost_of_trees(of) for batch, of in seconds.items()}, known, head=False)
+
+
+def _costs(trial: "_Trial", target: Target, head: Eagle3Head | None, config: EngineConfig) -> dict[int, StepCost]:
+    steps = f"{trial.full}, prompts of {len(trial.prompt)} and {trial.new_tokens} tokens, batches up to {config.max_num_seqs}"
+    steps += f", blocks of {config.block_size}"
+    what = f"{target.model.config.to_json_string()}; {head and head.config}; {target.dtype}; {steps}; {machine(target.device)}"
+    return kept_costs(config.cost_cache, what, lambda: measure_costs(trial.step, trial.sync, trial.full, config.max_num_seqs))
+
+
+class _Trial:
+    """Requests of an engine with the largest tree ``full``."""
+
+    def __init__(self, engine: "Engine", head: bool) -> None:
+        self.engine, self.head, self.full = engine, head, engine.shape
+        self.prompt = [0] * max(1, min(PROMPT_TOKENS, engine.max_request_tokens // 2))
+        self.new_tokens = min(NEW_TOKENS, engine.max_request_tokens - len(self.prompt))
+        self.names: list[str] = []
+
+    def step(self, batch: int, shape: TreeShape) -> float:
+        """Seconds of a step of ``batch`` requests, as many as before or more, with trees of ``shape``."""
+        engine, by_graphs = self.engine, self.engine.steps.graphs is not None
+        is_new = shape != engine.shape
+        if is_new:
+            engine.shape, engine.steps.ahead = shape, None
+        # By graphs the first step of a shape does not count: with texts it compiles all kernels that the shape needs.
+        by_text = not self.head or shape.depth == 0 or (by_graphs and is_new)
+        engine.proposer.ngrams = FullDrafts() if by_text else None
+        # A single request is greedy by graphs, so that kernels are compiled without noise as well.
+        self._add(batch - engine.num_running - engine.num_waiting, greedy=by_graphs and batch == 1)
+        if not by_graphs:  # its cost is measured apart
+            engine.proposer.sync_draft(engine.scheduler.decoding())
+        return engine.step()[1].seconds
+
+    def _add(self, count: int, greedy: bool) -> None:
+        if count <= 0:
+            return
+        params = SamplingParams(max_tokens=self.new_tokens, temperature=0.0 if greedy else 1.0, seed=0, ignore_eos=True)
+        for _ in range(count):
+            self.names.append(f"trial-{len(self.names)}")
+            self.engine.add_request(self.names[-1], self.prompt, params)
+        while self.engine.step()[1].prompt_tokens:
+            pass
+
+    def sync(self, batch: int, rows: int) -> float:
+        """Seconds in which the draft caches of the requests catch up with ``rows`` rows each."""
+        return self.engine.proposer.sync_seconds(self.engine.scheduler.decoding(), rows)
+
+    def end(self) -> None:
+        """Leave the engine as if nothing had run."""
+        engine = self.engine
+        engine.shape, engine.proposer.ngrams, engine.steps.ahead = self.full, None, None
+        for request in engine.scheduler.running:  # all are, unless the cache is too small for them
+            engine.pool.forget(request.row)
+        for name in self.names:
+            engine.abort(name)
