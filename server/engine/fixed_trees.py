@@ -43,7 +43,8 @@ class FixedTreeRule(LoadRule):
         bound = [] if chosen else [request for request in able if request.matcher is not None]
         hoped = max(1.0, gain(nodes)) if worthwhile else 1.0
         lasting = worthwhile or (not chosen and self._since_probe + 1 < self._interval)
-        return Plan(self.shape.shrunk(nodes), chosen, hoped, batch, bound, lasting=lasting, apart=not worthwhile)
+        behind = sum(request.num_pending for request in chosen)
+        return Plan(self.shape.shrunk(nodes), chosen, hoped, batch, bound, lasting=lasting, apart=not worthwhile, rows=behind)
 
     def _tried(self, able: list[Request], batch: int) -> list[Request]:
         """The requests that draft now and then, to see whether it has become worth while: those whose draft caches are the least behind."""
@@ -56,7 +57,7 @@ class FixedTreeRule(LoadRule):
     def observe(self, plan: Plan, seconds: float | None) -> None:
         if plan.drafts:
             super().observe(plan, None)
-        if seconds is None or not plan.batch or plan.copying or (plan.drafting and plan.apart):
-            return
+        if seconds is None or not plan.batch or plan.copying or (plan.drafting and (plan.apart or plan.rows > plan.batch)):
+            return  # or it says more of something else
         steps, nodes = self._steps[self._measured(plan.batch)], plan.shape.nodes if plan.drafts else 1
         steps[nodes] += (min(seconds, _OUTLIER * steps[nodes]) - steps[nodes]) * _NEWS

@@ -118,10 +118,14 @@ class Proposer:
                 logger.exception("the draft cache of %s was not completed", request.request_id)
 
     def bound_pending(self, requests: list[Request]) -> None:
-        """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded."""
-        if self.drafter is not None:
-            most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
-            self.sync_draft([request for request in requests if request.num_pending > most])
+        """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded. Who has half as many
+        as may wait goes along, so that it is seldom.
+        """
+        if self.drafter is None:
+            return
+        most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
+        if any(request.num_pending > most for request in requests):
+            self.sync_draft([request for request in requests if request.num_pending > most // 2])
 
     def look_up(self, requests: list[Request], nodes: int, price: float = 0.0) -> list[Draft] | None:
         """What the requests' own texts propose for trees of ``nodes`` nodes that are worth ``price`` each; None when nothing is to be
