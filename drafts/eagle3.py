@@ -1,8 +1,8 @@
 """The EAGLE-3 draft head (Li et al., 2025, arXiv 2503.01840): one decoder layer over the target's features.
 
 Row i pairs token i + 1 with the target's feature at token i and predicts token i + 2; its RoPE position is i. H is the head's
-hidden size, H_t the target's, V the target's vocabulary and Vd the head's. The same module serves and trains: attention, which is
-all that differs, is the caller's.
+hidden size, H_t the target's, V the target's vocabulary and Vd the head's. The same module serves and trains: RoPE and attention,
+which are all that differs, are the caller's.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +18,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from kernels.linear import gated_linear, linear
 from kernels.rms_norm import rms_norm
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q [..., Hq, D], k and v [..., Hkv, D], RoPE applied -> [..., Hq, D], scaled by 1 / sqrt(D)."""
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""q and k before RoPE [..., Hq + Hkv, D], v [..., Hkv, D], cosines and signed sines [..., 1, D] -> [..., Hq, D], scaled by 1 / sqrt(D)."""
 
 DraftTemperature = tuple[tuple[float, tuple[float, ...]], ...]
 """((request temperature, (sigma of level 1, level 2, ...)), ...), request temperatures rising; deeper levels have the last sigma."""
@@ -79,8 +79,19 @@ class HeadMetadata:
     acceptance_length: Mapping[int, float] = field(default_factory=dict)
 
 
+def rotated(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
+    """An ``Attend`` by one of q [..., Hq, D], k and v [..., Hkv, D] with RoPE applied. Has gradients; serving has a kernel for it."""
+
+    def rotate(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qk = torch.addcmul(qk * cos, qk.roll(qk.shape[-1] // 2, dims=-1), sin)
+        q, k = qk.tensor_split((qk.shape[-2] - v.shape[-2],), dim=-2)
+        return attend(q, k, v)
+
+    return rotate
+
+
 def rope_table(config: Eagle3Config) -> Tensor:
-    """Cosines and signed sines of every position, [positions, 2, head_dim]; rotation is ``x * cos + roll(x, D / 2) * sin``."""
+    """Cosines and signed sines of every position, [2, positions, head_dim]; rotation is ``x * cos + roll(x, D / 2) * sin``."""
     rotary = LlamaRotaryEmbedding(
         LlamaConfig(
             hidden_size=config.hidden_size,
@@ -93,7 +104,7 @@ def rope_table(config: Eagle3Config) -> Tensor:
     cos, sin = rotary(torch.empty(0), torch.arange(config.max_position_embeddings + DEEPEST_TREE)[None])
     sign = torch.ones(config.head_dim)
     sign[: config.head_dim // 2] = -1
-    return torch.stack((cos[0], sin[0] * sign), dim=1)
+    return torch.stack((cos[0], sin[0] * sign))
 
 
 class Eagle3Head(nn.Module):
@@ -141,11 +152,16 @@ class Eagle3Head(nn.Module):
         """The target's low, middle and high features side by side, [..., 3 * H_t] -> [..., H]."""
         return linear(self.fc, features)
 
+    def angles(self, positions: Tensor) -> Tensor:
+        """RoPE's cosines and signed sines, [2, ..., 1, D], at positions int64 [...]; past the end of the table as at its end."""
+        positions = positions.clamp(max=self.rope.shape[1] - 1)
+        return self.rope.index_select(1, positions.flatten()).view(2, *positions.shape, 1, -1)
+
     def forward(
         self,
         embeddings: Tensor,
         hidden: Tensor,
-        positions: Tensor,
+        angles: Tensor,
         attend: Attend,
         temperature: Tensor | None = None,
         keep: Tensor | None = None,
@@ -153,8 +169,8 @@ class Eagle3Head(nn.Module):
         """One draft step.
 
         ``embeddings``: [..., H] of token i + 1. ``hidden``: [..., H], ``combine``d feature i, or the state that this method
-        returned for the row before. ``positions``: integers [...]. ``temperature``: the request's, clamped to [0, 1], of a shape that
-        broadcasts to [...]; None is 0. Returns the state to recycle, [..., H].
+        returned for the row before. ``angles``: of the rows' positions, or of some that broadcast to [...]. ``temperature``: the
+        request's, clamped to [0, 1], of a shape that broadcasts to [...]; None is 0. Returns the state to recycle, [..., H].
         ``keep``, int64 [B]: the only rows, of [M], whose states are wanted; ``attend`` and ``temperature`` are of those alone.
         """
         config, eps = self.config, self.config.rms_norm_eps
@@ -162,13 +178,10 @@ class Eagle3Head(nn.Module):
         x = torch.cat((rms_norm(embeddings, self.input_layernorm, eps), normed), dim=-1)
         qkv = linear(self.qkv_proj, x).unflatten(-1, (-1, config.head_dim))
         qk, v = qkv.tensor_split((config.num_attention_heads + config.num_key_value_heads,), dim=-2)
-        cos, sin = self.rope[positions].unsqueeze(-2).unbind(-3)
-        qk = torch.addcmul(qk * cos, qk.roll(config.head_dim // 2, dims=-1), sin)
-        q, k = qk.tensor_split((config.num_attention_heads,), dim=-2)
         residual = normed if config.norm_before_residual else hidden
         if keep is not None:
             residual = residual[keep]
-        y = residual + linear(self.o_proj, attend(q, k, v).flatten(-2))
+        y = residual + linear(self.o_proj, attend(qk, v, *angles).flatten(-2))
         if self.temperature_shift is not None and temperature is not None:
             # After attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.
             y = y + temperature.to(y.dtype).unsqueeze(-1) * self.temperature_shift

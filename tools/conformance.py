@@ -99,7 +99,7 @@ def logits_difference(head: Eagle3Head, exported: Path, rows: int = 32) -> float
     tokens, features = torch.randint(head.config.vocab_size, (rows,)), torch.randn(rows, 3 * head.config.target_hidden_size)
     model(features[None], tokens[None], torch.zeros(1, rows, dtype=torch.int64), ttt_steps=1)
     head.share_embedding(model.embed_tokens.weight)
-    ours = head.logits(head(head.embed(tokens), head.combine(features), torch.arange(rows), causal))
+    ours = head.logits(head(head.embed(tokens), head.combine(features), head.angles(torch.arange(rows)), causal))
     return float((ours - theirs[0][0]).abs().max())
 
 

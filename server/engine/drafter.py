@@ -9,6 +9,7 @@ from torch import Tensor
 from drafts.eagle3 import Eagle3Head
 from kernels.draft_level import draft_level
 from kernels.noise import Noise, NoiseKey
+from kernels.rope_store import rope_store
 from kernels.sampling import SamplingBatch
 from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout, physical_slots
@@ -75,14 +76,14 @@ class Drafter:
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
 
     def _forward(self, tokens: Tensor, hidden: Tensor, layout: TreeLayout, temperature: Tensor) -> Tensor:
-        slots = layout.slots.flatten()
+        keys, values, slots = self.cache.k[0], self.cache.v[0], layout.slots.flatten()
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache.write(0, slots, k.flatten(0, 1), v.flatten(0, 1), layout.live)
-            return tree_attention(q, self.cache.k[0], self.cache.v[0], layout, self._scale)
+        def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            qk, v, cos, sin = (part.flatten(0, 1) for part in (qk, v, cos, sin))
+            q = rope_store(qk, v, cos, sin, slots, None, keys, values)
+            return tree_attention(q.unflatten(0, tokens.shape), keys, values, layout, self._scale)
 
-        positions = layout.positions.clamp(max=len(self.head.rope) - 1)
-        return self.head(self.head.embed(tokens), hidden, positions, attend, temperature[:, None])
+        return self.head(self.head.embed(tokens), hidden, self.head.angles(layout.positions), attend, temperature[:, None])
 
     def extend(
         self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
@@ -96,14 +97,14 @@ class Drafter:
         most ``max_context``; temperature float32 [B]: the requests', clamped to [0, 1].
         """
         layout = TreeLayout(block_tables, lengths, torch.zeros_like(lengths)[:, None], None, None, self.block_size, max_context)
+        keys, values = self.cache.k[0], self.cache.v[0]
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.cache.write(0, slots, k, v, None)
-            return tree_attention(q[last, None], self.cache.k[0], self.cache.v[0], layout, self._scale)[:, 0]
+        def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            q = rope_store(qk, v, cos, sin, slots, None, keys, values)
+            return tree_attention(q[last, None], keys, values, layout, self._scale)[:, 0]
 
         hidden = self.head.combine(features.to(self.state.dtype))
-        positions = positions.clamp(max=len(self.head.rope) - 1)
-        self.state[places] = self.head(self.head.embed(tokens), hidden, positions, attend, temperature, last)
+        self.state[places] = self.head(self.head.embed(tokens), hidden, self.head.angles(positions), attend, temperature, last)
 
     def grow(
         self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape, options: SamplingBatch,

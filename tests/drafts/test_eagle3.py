@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from drafts.checkpoint import _to_disk
-from drafts.eagle3 import Eagle3Config, Eagle3Head, feature_layers
+from drafts.eagle3 import Eagle3Config, Eagle3Head, feature_layers, rotated
 
 HEADS, KV, DIM = 4, 2, 8
 
@@ -32,6 +32,7 @@ def make_head(**options: object) -> Eagle3Head:
     return head.requires_grad_(False)
 
 
+@rotated
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Rows of one sequence: [T, H, D]."""
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))
@@ -89,7 +90,7 @@ def published_forward(head: Eagle3Head, embeddings: Tensor, hidden: Tensor) -> T
 def test_forward_is_the_published_one(options: dict) -> None:
     head = make_head(**options)
     tokens, hidden = torch.randint(50, (7,)), head.combine(torch.randn(7, 3 * 24))
-    y = head(head.embed(tokens), hidden, torch.arange(7), causal)
+    y = head(head.embed(tokens), hidden, head.angles(torch.arange(7)), causal)
     torch.testing.assert_close(y, published_forward(head, head.embed(tokens), hidden))
     normed = y if head.config.norm_output else F.rms_norm(y, (32,), head.norm, head.config.rms_norm_eps)
     torch.testing.assert_close(head.logits(y), normed @ head.lm_head.weight.T)
@@ -100,7 +101,8 @@ def test_any_leading_shape_and_dtype(shape: tuple[int, ...]) -> None:
     head = make_head().to(torch.bfloat16)
     head.share_embedding(torch.randn(50, 32, dtype=torch.bfloat16))
     tokens = torch.randint(50, shape)
-    y = head(head.embed(tokens), torch.randn(*shape, 32, dtype=torch.bfloat16), torch.full(shape, 3), lambda q, k, v: q)
+    angles = head.angles(torch.full(shape, 3))
+    y = head(head.embed(tokens), torch.randn(*shape, 32, dtype=torch.bfloat16), angles, rotated(lambda q, k, v: q))
     assert y.shape == (*shape, 32)
     assert y.dtype == torch.bfloat16
     assert head.logits(y).shape == (*shape, 50)
@@ -113,12 +115,13 @@ def test_the_temperature_shift() -> None:
     embeddings, hidden = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
     kept: list[Tensor] = []
 
+    @rotated
     def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kept.append(torch.cat((k, v)))
         return q
 
     def run(head: Eagle3Head, temperature: Tensor | None) -> Tensor:
-        return head(embeddings, hidden, torch.arange(3), keep, temperature)
+        return head(embeddings, hidden, head.angles(torch.arange(3)), keep, temperature)
 
     temperature = torch.tensor([[0.0], [0.5]])
     assert torch.equal(run(plain, temperature), run(shifted, temperature)), "a fresh shift is zero"
@@ -135,9 +138,10 @@ def test_the_temperature_shift() -> None:
 
 def test_positions_reach_past_the_context() -> None:
     head = make_head()
-    here, there = (head(torch.ones(1, 32), torch.ones(1, 32), torch.tensor([p]), lambda q, k, v: q) for p in (64 + 40, 64 + 41))
+    here, there, last, beyond = head.angles(torch.tensor([64 + 40, 64 + 41, 64 + 63, 1000])).unbind(1)
     assert here.isfinite().all()
     assert not torch.equal(here, there), "each has an angle of its own"
+    assert torch.equal(beyond, last)
 
 
 def test_draft_ids_map_by_offsets() -> None:

@@ -32,6 +32,9 @@ class Bigrams(nn.Module):
     def combine(self, features: Tensor) -> Tensor:
         return features
 
+    def angles(self, *_: object) -> None:
+        return None
+
     def forward(self, embeddings: Tensor, hidden: Tensor, *_: object) -> Tensor:
         return embeddings
 

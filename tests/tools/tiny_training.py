@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from drafts.eagle3 import Eagle3Head
+from drafts.eagle3 import Eagle3Head, rotated
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.target import Target
@@ -69,13 +69,15 @@ class Served:
         self.keys, self.values = torch.empty(0), torch.empty(0)
 
     def row(self, token: int, hidden: Tensor, position: int) -> Tensor:
+        @rotated
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.keys = torch.cat((self.keys.view(-1, *k.shape[1:]), k))
             self.values = torch.cat((self.values.view(-1, *v.shape[1:]), v))
             q, k, v = (x.transpose(0, 1) for x in (q, self.keys, self.values))
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(0, 1)
 
-        return self.head(self.head.embed(torch.tensor([token])), hidden, torch.tensor([position]), attend, self.temperature)
+        angles = self.head.angles(torch.tensor([position]))
+        return self.head(self.head.embed(torch.tensor([token])), hidden, angles, attend, self.temperature)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from drafts.eagle3 import Eagle3Head, feature_layers
+from drafts.eagle3 import Eagle3Head, feature_layers, rotated
 
 
 def sample(probabilities: Tensor, uniform: Tensor) -> int:
@@ -98,6 +98,7 @@ class ReferenceDecoder:
         keys: list[Tensor] = []
         values: list[Tensor] = []
 
+        @rotated
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             """Causal attention of the newest rows over all rows so far, [T, heads, D]."""
             keys.append(k)
@@ -108,7 +109,7 @@ class ReferenceDecoder:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
         warm = torch.tensor([min(self.temperature, 1.0)])
-        start = head(head.embed(torch.tensor(ids[1:])), head.combine(features), torch.arange(count), attend, warm)[-1:]
+        start = head(head.embed(torch.tensor(ids[1:])), head.combine(features), head.angles(torch.arange(count)), attend, warm)[-1:]
         drafted, laws = [], []
         for _ in range(self.paths):
             y, path = start, list[int]()
@@ -119,7 +120,7 @@ class ReferenceDecoder:
                 path.append(sample(law, self._uniforms(1)[0]))
                 laws.append(law)
                 if depth + 1 < self.length:
-                    y = head(head.embed(torch.tensor(path[-1:])), y, torch.tensor([count + depth]), attend, warm)
+                    y = head(head.embed(torch.tensor(path[-1:])), y, head.angles(torch.tensor([count + depth])), attend, warm)
             drafted.append(path)
             del keys[1:], values[1:]
         return drafted, torch.stack(laws).unflatten(0, (self.paths, self.length))

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from drafts.checkpoint import DraftError, find_head, read_head, save_head
-from drafts.eagle3 import Eagle3Head
+from drafts.eagle3 import Eagle3Head, rotated
 from drafts.formats import Verifier, unserved
 
 LAYER_TENSORS = (
@@ -90,12 +90,13 @@ def sample_logits(head: Eagle3Head) -> Tensor:
     hidden = head.combine(torch.randn(ROWS, 3 * config.target_hidden_size, generator=generator))
     steps = []
     for _ in range(2):
-        hidden = head(head.embed(tokens), hidden, torch.arange(ROWS), causal)
+        hidden = head(head.embed(tokens), hidden, head.angles(torch.arange(ROWS)), causal)
         logits = torch.full((ROWS, config.vocab_size), float("-inf"))
         steps.append(logits.index_copy(1, head.to_target_ids(torch.arange(config.draft_vocab_size)), head.logits(hidden)))
     return torch.stack(steps)
 
 
+@rotated
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """[ROWS, Hq, D], [ROWS, Hkv, D] twice -> [ROWS, Hq, D]."""
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drafts.eagle3 import Eagle3Head
+from drafts.eagle3 import Eagle3Head, rotated
 from tools.train_vsd.data import Batch
 
 NextTokens = Callable[[int, Tensor], Tensor]
@@ -29,14 +29,14 @@ def unroll(
     length = batch.tokens.shape[1]
     attention = ChainAttention(index)
     embeddings = head.embed(batch.tokens)
-    positions = torch.arange(length - 1, device=index.device)
+    angles = head.angles(torch.arange(length - 1, device=index.device))
     temperature = batch.temperature.clamp(max=1)[:, None]
-    y = head(embeddings[:, 1:], head.combine(features[:, :-1]), positions, attention.prefix, temperature)
+    y = head(embeddings[:, 1:], head.combine(features[:, :-1]), angles, rotated(attention.prefix), temperature)
     states = [_take(y, index)]
     for k in range(1, steps):
         following = (index + k + 1).clamp(max=length - 1)
         read = _take(embeddings, following) if next_tokens is None else head.embed(next_tokens(k, states[-1]))
-        states.append(head(read, states[-1], index + k, attention.chain, temperature))
+        states.append(head(read, states[-1], head.angles(index + k), rotated(attention.chain), temperature))
     return states
 
 
@@ -46,7 +46,7 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class ChainAttention:
-    """Attention for one batch of chains; remembers keys and values from step to step. q [B, A, Hq, D], k and v [B, A, Hkv, D]."""
+    """Attention for one batch of chains; remembers keys and values from step to step. q [B, A, Hq, D], k and v [B, A, Hkv, D], rotated."""
 
     def __init__(self, index: Tensor) -> None:
         self.index = index  # [B, A]
