@@ -7,7 +7,7 @@ which are all that differs, are the caller's.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,13 @@ class HeadMetadata:
     held_out: Mapping[str, float] = field(default_factory=dict)
     draft_temperature: DraftTemperature = ()
     acceptance_length: Mapping[int, float] = field(default_factory=dict)
+
+
+class Condition(NamedTuple):
+    """What the requests' temperature changes in a head, made by ``Eagle3Head.condition`` once for all steps of a draft."""
+
+    shift: Tensor | None  # [..., H], added to a row's state after attention; None: nothing
+    scale: Tensor | None  # [..., 1], of the logits; None: 1
 
 
 def rotated(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Attend:
@@ -152,6 +159,15 @@ class Eagle3Head(nn.Module):
         """The target's low, middle and high features side by side, [..., 3 * H_t] -> [..., H]."""
         return linear(self.fc, features)
 
+    def condition(self, temperature: Tensor | float = 0.0) -> Condition:
+        """For requests' temperatures, clamped to [0, 1], of a shape that broadcasts to that of the rows, [...]."""
+        sharpness, dtype = self.config.temperature_sharpness, self.norm.dtype
+        warm = torch.as_tensor(temperature, device=self.norm.device).unsqueeze(-1)
+        return Condition(
+            None if self.temperature_shift is None else warm.to(dtype) * self.temperature_shift,
+            None if sharpness == 1.0 else (sharpness ** (1 - warm)).to(dtype),
+        )
+
     def angles(self, positions: Tensor) -> Tensor:
         """RoPE's cosines and signed sines, [2, ..., 1, D], at positions int64 [...]; past the end of the table as at its end."""
         positions = positions.clamp(max=self.rope.shape[1] - 1)
@@ -163,15 +179,15 @@ class Eagle3Head(nn.Module):
         hidden: Tensor,
         angles: Tensor,
         attend: Attend,
-        temperature: Tensor | None = None,
+        condition: Condition | None = None,
         keep: Tensor | None = None,
     ) -> Tensor:
         """One draft step.
 
         ``embeddings``: [..., H] of token i + 1. ``hidden``: [..., H], ``combine``d feature i, or the state that this method
-        returned for the row before. ``angles``: of the rows' positions, or of some that broadcast to [...]. ``temperature``: the
-        request's, clamped to [0, 1], of a shape that broadcasts to [...]; None is 0. Returns the state to recycle, [..., H].
-        ``keep``, int64 [B]: the only rows, of [M], whose states are wanted; ``attend`` and ``temperature`` are of those alone.
+        returned for the row before. ``angles``: of the rows' positions, or of some that broadcast to [...]. ``condition``: None is
+        temperature 0. Returns the state to recycle, [..., H].
+        ``keep``, int64 [B]: the only rows, of [M], whose states are wanted; ``attend`` and ``condition`` are of those alone.
         """
         config, eps = self.config, self.config.rms_norm_eps
         normed = rms_norm(hidden, self.hidden_norm, eps)
@@ -182,9 +198,9 @@ class Eagle3Head(nn.Module):
         if keep is not None:
             residual = residual[keep]
         y = residual + linear(self.o_proj, attend(qk, v, *angles).flatten(-2))
-        if self.temperature_shift is not None and temperature is not None:
+        if condition is not None and condition.shift is not None:
             # After attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.
-            y = y + temperature.to(y.dtype).unsqueeze(-1) * self.temperature_shift
+            y = y + condition.shift
         y = y + linear(self.down_proj, gated_linear(self.gate_up_proj, rms_norm(y, self.post_attention_layernorm, eps)))
         return self._normed(y) if config.norm_output else y
 
@@ -192,13 +208,10 @@ class Eagle3Head(nn.Module):
         """[..., H], as ``forward`` returns it -> what ``lm_head`` reads, [..., H]."""
         return y if self.config.norm_output else self._normed(y)
 
-    def logits(self, y: Tensor, temperature: Tensor | float = 0.0) -> Tensor:
-        """[..., H], as ``forward`` returns it -> [..., Vd]. ``temperature``: as ``forward`` takes it."""
-        logits = linear(self.lm_head, self.output(y))
-        if self.config.temperature_sharpness == 1.0:
-            return logits
-        scale = self.config.temperature_sharpness ** (1 - torch.as_tensor(temperature, device=y.device))
-        return logits * scale.to(logits.dtype).unsqueeze(-1)
+    def logits(self, y: Tensor, condition: Condition | None = None) -> Tensor:
+        """[..., H], as ``forward`` returns it -> [..., Vd]. ``condition``: as ``forward`` takes it."""
+        output, scale = self.output(y), (condition or self.condition()).scale
+        return linear(self.lm_head, output if scale is None else output * scale)  # H numbers to scale, and not Vd
 
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids in the draft's vocabulary -> ids in the target's, same shape."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from drafts.eagle3 import Eagle3Head
+from drafts.eagle3 import Condition, Eagle3Head
 from kernels.draft_level import draft_level
 from kernels.noise import Noise, NoiseKey
 from kernels.rope_store import rope_store
@@ -75,7 +75,7 @@ class Drafter:
         self._scale = config.head_dim**-0.5
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
 
-    def _forward(self, tokens: Tensor, hidden: Tensor, layout: TreeLayout, temperature: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, hidden: Tensor, layout: TreeLayout, condition: Condition) -> Tensor:
         keys, values, slots = self.cache.k[0], self.cache.v[0], layout.slots.flatten()
 
         def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class Drafter:
             q = rope_store(qk, v, cos, sin, slots, None, keys, values)
             return tree_attention(q.unflatten(0, tokens.shape), keys, values, layout, self._scale)
 
-        return self.head(self.head.embed(tokens), hidden, self.head.angles(layout.positions), attend, temperature[:, None])
+        return self.head(self.head.embed(tokens), hidden, self.head.angles(layout.positions), attend, condition)
 
     def extend(
         self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
@@ -104,7 +104,8 @@ class Drafter:
             return tree_attention(q[last, None], keys, values, layout, self._scale)[:, 0]
 
         hidden = self.head.combine(features.to(self.state.dtype))
-        self.state[places] = self.head(self.head.embed(tokens), hidden, self.head.angles(positions), attend, temperature, last)
+        angles, condition = self.head.angles(positions), self.head.condition(temperature)
+        self.state[places] = self.head(self.head.embed(tokens), hidden, angles, attend, condition, last)
 
     def grow(
         self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape, options: SamplingBatch,
@@ -178,8 +179,8 @@ class Drafter:
         expanded = torch.arange(shape.expanded, device=rows.device)
         layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
         own_bits = torch.ones_like(expanded) << expanded
-        y = self.state[rows][:, None]
-        logits = self.head.logits(y, temperature[:, None])
+        y, condition = self.state[rows][:, None], self.head.condition(temperature[:, None])
+        logits = self.head.logits(y, condition)
         start = torch.zeros_like(temperature) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
         level = draft_level(logits, options, noise, 0, sigma[0], self._target_ids, start[:, None], topk)
         ancestors = torch.zeros_like(level.best)
@@ -196,8 +197,8 @@ class Drafter:
             tokens, hidden = level.tokens.gather(1, best), y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
             rows_before = (depth - 1) * topk
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
-            y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), temperature)
-            logits = self.head.logits(y, temperature[:, None])
+            y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), condition)
+            logits = self.head.logits(y, condition)
             level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, expanded_scores, topk)
             levels.append(Pool(level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
             first += levels[-2].scores.shape[1]

@@ -121,7 +121,8 @@ def test_the_temperature_shift() -> None:
         return q
 
     def run(head: Eagle3Head, temperature: Tensor | None) -> Tensor:
-        return head(embeddings, hidden, head.angles(torch.arange(3)), keep, temperature)
+        condition = None if temperature is None else head.condition(temperature)
+        return head(embeddings, hidden, head.angles(torch.arange(3)), keep, condition)
 
     temperature = torch.tensor([[0.0], [0.5]])
     assert torch.equal(run(plain, temperature), run(shifted, temperature)), "a fresh shift is zero"
@@ -169,6 +170,6 @@ def test_the_temperature_sharpness() -> None:
     y = torch.randn(3, 5, 32)
     expected = plain.logits(y)
     torch.testing.assert_close(sharp.logits(y), 4 * expected)
-    torch.testing.assert_close(sharp.logits(y, 1.0), expected)
-    mixed = sharp.logits(y, torch.tensor([[0.0], [0.5], [1.0]]))
+    torch.testing.assert_close(sharp.logits(y, sharp.condition(1.0)), expected)
+    mixed = sharp.logits(y, sharp.condition(torch.tensor([[0.0], [0.5], [1.0]])))
     torch.testing.assert_close(mixed, torch.tensor([4.0, 2.0, 1.0])[:, None, None] * expected)

@@ -32,6 +32,9 @@ class Bigrams(nn.Module):
     def combine(self, features: Tensor) -> Tensor:
         return features
 
+    def condition(self, *_: object) -> None:
+        return None
+
     def angles(self, *_: object) -> None:
         return None
 

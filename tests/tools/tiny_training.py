@@ -65,7 +65,7 @@ class Served:
     """A head with a plain growing cache for one sequence."""
 
     def __init__(self, head: Eagle3Head, temperature: float) -> None:
-        self.head, self.temperature = head, torch.tensor([min(temperature, 1.0)])
+        self.head, self.condition = head, head.condition(min(temperature, 1.0))
         self.keys, self.values = torch.empty(0), torch.empty(0)
 
     def row(self, token: int, hidden: Tensor, position: int) -> Tensor:
@@ -77,7 +77,7 @@ class Served:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(0, 1)
 
         angles = self.head.angles(torch.tensor([position]))
-        return self.head(self.head.embed(torch.tensor([token])), hidden, angles, attend, self.temperature)
+        return self.head(self.head.embed(torch.tensor([token])), hidden, angles, attend, self.condition)
 
 
 @torch.no_grad()

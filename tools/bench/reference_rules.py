@@ -108,7 +108,7 @@ class ReferenceDecoder:
             q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
-        warm = torch.tensor([min(self.temperature, 1.0)])
+        warm = head.condition(min(self.temperature, 1.0))
         start = head(head.embed(torch.tensor(ids[1:])), head.combine(features), head.angles(torch.arange(count)), attend, warm)[-1:]
         drafted, laws = [], []
         for _ in range(self.paths):

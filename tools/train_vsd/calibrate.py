@@ -105,6 +105,7 @@ def _losses(head: Eagle3Head, teacher: Teacher, rows: list[Row], depth: int) -> 
     device = head.fc.weight.device
     batch, temperature = collate(rows).to(device), rows[0].temperature
     features, _ = teacher(batch, None)
+    condition = head.condition(min(temperature, 1.0))
     losses = torch.zeros(depth, len(SIGMAS), dtype=torch.float64)
     for level, states in enumerate(unroll(head, batch, features, depth)):
         ahead = torch.arange(states.shape[1], device=device) + level
@@ -112,7 +113,7 @@ def _losses(head: Eagle3Head, teacher: Teacher, rows: list[Row], depth: int) -> 
             b, a = chunk.unbind(1)
             position = batch.first[b] + a + level + 2
             right = draft_ids(head, batch.tokens[b, position])
-            logits = head.logits(states[b, a], min(temperature, 1.0)).float()
+            logits = head.logits(states[b, a], condition).float()
             if temperature > 0:
                 logits = logits / temperature + of_draft(head, gumbel_noise(batch.seed[b], position, head.config.vocab_size))
             drafted = right >= 0  # no draft can hit a token outside of a reduced vocabulary

@@ -106,10 +106,11 @@ class PathSampler:
         anchors = batch.first[:, None] + (draws * batch.chains[:, None]).long().sort(descending=True).values
         starts = anchors.repeat_interleave(self.paths, dim=1)
         noise = self._noise(batch, anchors, depth)  # [B, n, K, V]
+        condition = head.condition(batch.temperature.clamp(max=1)[:, None])
         drawn: list[Tensor] = []
 
         def draw(k: int, states: Tensor) -> Tensor:
-            log_q = head.logits(states.detach(), batch.temperature.clamp(max=1)[:, None]).float() / batch.divisor()[:, None, None]
+            log_q = head.logits(states.detach(), condition).float() / batch.divisor()[:, None, None]
             if noise is not None:
                 shared = (log_q + of_draft(head, noise[:, :, k - 1]).repeat_interleave(self.paths, dim=1)) / self.sigma
                 log_q = torch.where(batch.temperature[:, None, None] > 0, shared, log_q)

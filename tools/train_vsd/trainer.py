@@ -161,7 +161,8 @@ def backward(head: Eagle3Head, paths: PathBatch, objective: Objective, share: fl
         # fp32 from here on: sums of probabilities and log1p(-Q) need it
         with torch.autocast(states.device.type, enabled=False):
             rows = paths.rows[index]
-            log_q = (head.logits(states[index].float(), min(temperature, 1.0)) / (temperature or 1.0)).log_softmax(-1)
+            condition = head.condition(min(temperature, 1.0))
+            log_q = (head.logits(states[index].float(), condition) / (temperature or 1.0)).log_softmax(-1)
             loss = objective(log_q, paths.p[rows], paths.part(index, greedy=temperature == 0)).sum()
             (loss * (share / anchors)).backward()
         loss_sum += loss.detach() / anchors
@@ -212,7 +213,7 @@ def held_out_agreement(head: Eagle3Head, teacher: Teacher, rows: Sequence[Row], 
         features, p = teacher(batch, draft_vocabulary(head))
         paths = target_rows(head, batch, features, p, settings.depth)
         for index, temperature in chunks(paths):
-            flat = head.logits(paths.states[index], 1.0)  # at temperature 0 heads differ in how sharp they are
+            flat = head.logits(paths.states[index], head.condition(1.0))  # at temperature 0 heads differ in how sharp they are
             log_q = (flat / (temperature or 1.0)).log_softmax(-1)
             p_rows, live = paths.p[paths.rows[index]], paths.live[index]
             right = log_q.argmax(-1) == p_rows.argmax(-1)

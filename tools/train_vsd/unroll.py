@@ -30,13 +30,13 @@ def unroll(
     attention = ChainAttention(index)
     embeddings = head.embed(batch.tokens)
     angles = head.angles(torch.arange(length - 1, device=index.device))
-    temperature = batch.temperature.clamp(max=1)[:, None]
-    y = head(embeddings[:, 1:], head.combine(features[:, :-1]), angles, rotated(attention.prefix), temperature)
+    condition = head.condition(batch.temperature.clamp(max=1)[:, None])
+    y = head(embeddings[:, 1:], head.combine(features[:, :-1]), angles, rotated(attention.prefix), condition)
     states = [_take(y, index)]
     for k in range(1, steps):
         following = (index + k + 1).clamp(max=length - 1)
         read = _take(embeddings, following) if next_tokens is None else head.embed(next_tokens(k, states[-1]))
-        states.append(head(read, states[-1], head.angles(index + k), rotated(attention.chain), temperature))
+        states.append(head(read, states[-1], head.angles(index + k), rotated(attention.chain), condition))
     return states
 
 
