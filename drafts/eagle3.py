@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kernels.linear import gated_linear, linear
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import add_rms_norm, rms_norm
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """q and k before RoPE [..., Hq + Hkv, D], v [..., Hkv, D], cosines and signed sines [..., 1, D] -> [..., Hq, D], scaled by 1 / sqrt(D)."""
@@ -197,16 +197,17 @@ class Eagle3Head(nn.Module):
         residual = normed if config.norm_before_residual else hidden
         if keep is not None:
             residual = residual[keep]
-        y = residual + linear(self.o_proj, attend(qk, v, *angles).flatten(-2))
         if condition is not None and condition.shift is not None:
-            # After attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.
-            y = y + condition.shift
-        y = y + linear(self.down_proj, gated_linear(self.gate_up_proj, rms_norm(y, self.post_attention_layernorm, eps)))
-        return self._normed(y) if config.norm_output else y
+            # Not before attention: keys and values of committed rows are the same at every temperature, so prefixes can be shared.
+            residual = residual + condition.shift
+        attended = linear(self.o_proj, attend(qk, v, *angles).flatten(-2))
+        y, normed = add_rms_norm(residual, attended, self.post_attention_layernorm, eps)
+        more = linear(self.down_proj, gated_linear(self.gate_up_proj, normed))
+        return add_rms_norm(y, more, self.norm, eps)[1] if config.norm_output else y + more
 
     def output(self, y: Tensor) -> Tensor:
         """[..., H], as ``forward`` returns it -> what ``lm_head`` reads, [..., H]."""
-        return y if self.config.norm_output else self._normed(y)
+        return y if self.config.norm_output else rms_norm(y, self.norm, self.config.rms_norm_eps)
 
     def logits(self, y: Tensor, condition: Condition | None = None) -> Tensor:
         """[..., H], as ``forward`` returns it -> [..., Vd]. ``condition``: as ``forward`` takes it."""
@@ -216,6 +217,3 @@ class Eagle3Head(nn.Module):
     def to_target_ids(self, draft_ids: Tensor) -> Tensor:
         """Ids in the draft's vocabulary -> ids in the target's, same shape."""
         return draft_ids if self.d2t is None else draft_ids + self.d2t[draft_ids]
-
-    def _normed(self, y: Tensor) -> Tensor:
-        return rms_norm(y, self.norm, self.config.rms_norm_eps)

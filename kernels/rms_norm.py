@@ -19,8 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta, and ``rms_norm`` of it; x, delta [..., H]. Without gradients."""
-    if x.is_cuda and x.is_contiguous():
+    """x + delta, and ``rms_norm`` of it; x, delta [..., H]. Has no gradients where gradients are off."""
+    if x.is_cuda and x.is_contiguous() and not torch.is_grad_enabled():
         return rms_norm_triton(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm_reference(total, weight, eps)
