@@ -171,7 +171,7 @@ class Eagle3Head(nn.Module):
     def angles(self, positions: Tensor) -> Tensor:
         """RoPE's cosines and signed sines, [2, ..., 1, D], at positions int64 [...]; past the end of the table as at its end."""
         positions = positions.clamp(max=self.rope.shape[1] - 1)
-        return self.rope.index_select(1, positions.flatten()).view(2, *positions.shape, 1, -1)
+        return self.rope.index_select(1, positions.flatten()).view(2, *positions.shape, 1, self.config.head_dim)
 
     def forward(
         self,

@@ -66,7 +66,7 @@ class TreeLayout:
         part = TreeLayout(
             self.block_tables, self.context_lens, self.depth[:, rows], ancestors, None, self.block_size, self.max_context, first
         )
-        part.slots, part.columns, part.num_blocks = self.slots[:, rows], self.columns, self.num_blocks
+        part.columns, part.num_blocks = self.columns, self.num_blocks
         return part
 
     def mask(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:

@@ -75,15 +75,17 @@ class Drafter:
         self._scale = config.head_dim**-0.5
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
 
-    def _forward(self, tokens: Tensor, hidden: Tensor, layout: TreeLayout, condition: Condition) -> Tensor:
-        keys, values, slots = self.cache.k[0], self.cache.v[0], layout.slots.flatten()
+    def _forward(
+        self, tokens: Tensor, hidden: Tensor, angles: Tensor, slots: Tensor, layout: TreeLayout, condition: Condition
+    ) -> Tensor:  # fmt: skip
+        keys, values = self.cache.k[0], self.cache.v[0]
 
         def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             qk, v, cos, sin = (part.flatten(0, 1) for part in (qk, v, cos, sin))
-            q = rope_store(qk, v, cos, sin, slots, None, keys, values)
+            q = rope_store(qk, v, cos, sin, slots.flatten(), None, keys, values)
             return tree_attention(q.unflatten(0, tokens.shape), keys, values, layout, self._scale)
 
-        return self.head(self.head.embed(tokens), hidden, self.head.angles(layout.positions), attend, condition)
+        return self.head(self.head.embed(tokens), hidden, angles, attend, condition)
 
     def extend(
         self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
@@ -178,6 +180,7 @@ class Drafter:
         topk, sigma = shape.topk, sigma.t().contiguous()
         expanded = torch.arange(shape.expanded, device=rows.device)
         layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
+        slots, angles = _by_level(layout.slots, topk), self.head.angles(_by_level(layout.positions, topk))
         own_bits = torch.ones_like(expanded) << expanded
         y, condition = self.state[rows][:, None], self.head.condition(temperature[:, None])
         logits = self.head.logits(y, condition)
@@ -197,7 +200,8 @@ class Drafter:
             tokens, hidden = level.tokens.gather(1, best), y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
             rows_before = (depth - 1) * topk
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
-            y = self._forward(tokens, hidden, layout.part(rows_before, width, ancestors), condition)
+            own = angles[:, depth - 1, :, :width], slots[depth - 1, :, :width], layout.part(rows_before, width, ancestors)
+            y = self._forward(tokens, hidden, *own, condition)
             logits = self.head.logits(y, condition)
             level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, expanded_scores, topk)
             levels.append(Pool(level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
@@ -220,6 +224,11 @@ def _worthwhile(scores: Tensor, parents: Tensor, shape: TreeShape) -> int:
     bought = (worth * kept - shape.node_price).clamp(min=0.0).sum()
     *columns, gain = torch.cat((survival.sum(0), bought[None])).tolist()
     return sum(tokens >= shape.node_price * len(scores) for tokens in columns) if gain >= shape.level_price else 0
+
+
+def _by_level(rows: Tensor, topk: int) -> Tensor:
+    """[B, L * topk] -> [L, B, topk]: those of a level lie together, and no level has to copy its own."""
+    return rows.unflatten(1, (-1, topk)).transpose(0, 1).contiguous()
 
 
 def _key(noise: Noise | None, rows: Tensor) -> NoiseKey:
