@@ -23,6 +23,8 @@ class DraftLevel(NamedTuple):
     tokens: Tensor  # int64 [B, R * topk], target ids
     best_scores: Tensor  # float32 [B, topk], of the ``topk`` best children of all rows, best first
     best: Tensor  # int64 [B, topk], which children they are
+    best_rows: Tensor  # int64 [B, topk], the rows that they are children of
+    best_tokens: Tensor  # int64 [B, topk], target ids
 
 
 def draft_level_reference(
@@ -47,7 +49,7 @@ def draft_level_reference(
     children = (children + scores[:, :, None]).flatten(1)
     tokens = (ids if target_ids is None else target_ids[ids]).flatten(1)
     best_scores, best = children.topk(topk, dim=1)
-    return DraftLevel(children, tokens, best_scores, best)
+    return DraftLevel(children, tokens, best_scores, best, best // topk, tokens.gather(1, best))
 
 
 def _of_draft(options: SamplingBatch, target_ids: Tensor | None) -> SamplingBatch:
@@ -153,7 +155,8 @@ def row_children_kernel(
 
 @jit
 def best_children_kernel(
-    scores: tl.tensor, best_scores: tl.tensor, best: tl.tensor, children: tl.tensor, topk: tl.tensor, CHILDREN: tl.constexpr,
+    scores: tl.tensor, tokens: tl.tensor, best_scores: tl.tensor, best: tl.tensor, best_rows: tl.tensor, best_tokens: tl.tensor,
+    children: tl.tensor, topk: tl.tensor, CHILDREN: tl.constexpr,
 ) -> None:  # fmt: skip
     """One program per request: the ``topk`` best children of all its rows."""
     b = tl.program_id(0)
@@ -164,6 +167,8 @@ def best_children_kernel(
         first = tl.min(tl.where(x == value, child, CHILDREN))
         tl.store(best_scores + b * topk + k, value)
         tl.store(best + b * topk + k, first)
+        tl.store(best_rows + b * topk + k, first // topk)
+        tl.store(best_tokens + b * topk + k, tl.load(tokens + b * children + first))
         x = tl.where(child == first, float("-inf"), x)
 
 
@@ -198,15 +203,13 @@ def draft_level_triton(
         torch.empty(batch, rows * topk, device=device),
         torch.empty(batch, rows * topk, dtype=torch.long, device=device),
         torch.empty(batch, topk, device=device),
-        torch.empty(batch, topk, dtype=torch.long, device=device),
+        *(torch.empty(batch, topk, dtype=torch.long, device=device) for _ in range(3)),
     )
     row_children_kernel[rows, batch](
         *inputs, scores.contiguous(), level.scores, level.tokens, vocab, segments, topk,
         triton.next_power_of_2(segments), segment, triton.next_power_of_2(topk), num_warps=1 if topk <= 8 else 4, enable_fp_fusion=False,
     )  # fmt: skip
-    best_children_kernel[(batch,)](
-        level.scores, level.best_scores, level.best, rows * topk, topk, CHILDREN=triton.next_power_of_2(rows * topk)
-    )
+    best_children_kernel[(batch,)](*level, rows * topk, topk, CHILDREN=triton.next_power_of_2(rows * topk))
     return level
 
 

@@ -78,6 +78,7 @@ class Drafter:
     def _forward(
         self, tokens: Tensor, hidden: Tensor, angles: Tensor, slots: Tensor, layout: TreeLayout, condition: Condition
     ) -> Tensor:  # fmt: skip
+        """The states of drafted rows, int64 [B, N], whose keys and values go to ``slots`` int64 [B, N]; angles [2, B, N, 1, D]."""
         keys, values = self.cache.k[0], self.cache.v[0]
 
         def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -189,22 +190,23 @@ class Drafter:
         ancestors = torch.zeros_like(level.best)
         levels = [Pool(level.scores, level.tokens, ancestors)]
         first = 1  # of the last level's places in the pool; the root has place 0
+        each_child = ancestors.new_ones(topk)
         expanded_scores = torch.zeros_like(level.best_scores[:, :1])
         for depth in range(1, shape.depth):
             width = _worthwhile(level.best_scores, expanded_scores, shape)
             if width == 0:
                 break
-            # The rows to expand: places in the last level, its rows above them, tokens, states, and the expanded rows they descend from.
-            best, expanded_scores = level.best[:, :width], level.best_scores[:, :width]
-            source = best // topk
-            tokens, hidden = level.tokens.gather(1, best), y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
+            # The rows to expand: scores, places in the last level, its rows above them, tokens, states, expanded rows they descend from.
+            expanded_scores, best, source, tokens = (part[:, :width] for part in level[2:])
+            hidden = y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
             rows_before = (depth - 1) * topk
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
             own = angles[:, depth - 1, :, :width], slots[depth - 1, :, :width], layout.part(rows_before, width, ancestors)
             y = self._forward(tokens, hidden, *own, condition)
             logits = self.head.logits(y, condition)
             level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, expanded_scores, topk)
-            levels.append(Pool(level.scores, level.tokens, (first + best).repeat_interleave(topk, dim=1)))
+            parents = torch.add(best[:, :, None], each_child, alpha=first).flatten(1)  # first + best, once for every child
+            levels.append(Pool(level.scores, level.tokens, parents))
             first += levels[-2].scores.shape[1]
         return tuple(levels)
 

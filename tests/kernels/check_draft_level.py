@@ -37,6 +37,8 @@ def check_draft_level(
         assert mine.dtype == other.dtype
     torch.testing.assert_close(ours.scores, expected.scores, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours.best_scores, expected.best_scores, rtol=1e-4, atol=1e-4)
+    assert torch.equal(ours.best_rows, ours.best // topk)
+    assert torch.equal(ours.best_tokens, ours.tokens.gather(1, ours.best))
     by_row = expected.scores.view(batch, rows, topk)
     for mine, other, value in (
         (ours.tokens.view(by_row.shape), expected.tokens.view(by_row.shape), by_row),
