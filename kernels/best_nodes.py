@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.jit import jit, tl, triton
 
 CHUNK = 64  # candidates that a program compares with as many at a time
+CANDIDATES, NODES = 256, 64  # that a program holds at least, so that few kernels are compiled: it is hardly slower
 
 
 def best_nodes_reference(
@@ -85,7 +86,8 @@ def best_nodes_triton(
     rank_kernel[triton.cdiv(drafted, CHUNK), batch](scores.contiguous(), stays, drafted, count, CHUNK)
     compact_kernel[(batch,)](
         roots.contiguous(), stays, tokens.contiguous(), parents.contiguous(), token, parent, drafted, count,
-        triton.next_power_of_2(count + 1), triton.next_power_of_2(drafted), num_warps=8 if drafted > 1024 else 4,
+        max(NODES, triton.next_power_of_2(count + 1)), max(CANDIDATES, triton.next_power_of_2(drafted)),
+        num_warps=8 if drafted > 1024 else 4,
     )  # fmt: skip
     return token, parent
 

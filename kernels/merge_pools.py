@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.jit import jit, tl, triton
 
 ENTRIES = 4096  # pairs of nodes that a program compares at a time
+OTHERS = 32  # nodes that a program holds at least, so that few kernels are compiled
 
 
 def merge_pools_reference(
@@ -80,7 +81,7 @@ def merge_pools_triton(
     (batch, drafted), more = scores.shape, more_scores.shape[1]
     out = scores.new_empty(batch, drafted + more)
     tokens_out, parents_out = (tokens.new_empty(batch, drafted + more) for _ in range(2))
-    width = triton.next_power_of_2(more)
+    width = max(OTHERS, triton.next_power_of_2(more))
     merge_pools_kernel[(batch,)](
         *(part.contiguous() for part in (scores, tokens, parents, more_scores, more_tokens, more_parents)),
         out, tokens_out, parents_out, drafted, more, levels, width, max(16, ENTRIES // width),

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from kernels.tree_layout import TreeLayout
 from server.engine.batch import causal_chunk
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
@@ -65,13 +63,3 @@ def extend(prompts: Prompts, logits: Tensor, features: Tensor | None) -> None:
         if computed is not None:
             request.pending.append(computed[first : first + len(chunk)])
         request.context_len += len(chunk)
-
-
-def blank_rows(pool: BlockPool, entries: int) -> Rows:
-    """As many entries of a batch as prompts in pieces may have, of nobody's: to record graphs with."""
-    device = pool.tables.device
-    tokens, lengths = (torch.zeros(size, dtype=torch.long, device=device) for size in ((entries, PIECE), (entries,)))
-    rows = torch.arange(PIECE, device=device)
-    tables = torch.zeros_like(pool.tables[:1]).expand(entries, -1)
-    layout = TreeLayout(tables, lengths, rows.expand(entries, -1), None, (rows == 0).expand(entries, -1), pool.block_size, 0)
-    return Rows(tokens, layout, torch.arange(entries, device=device) * PIECE)

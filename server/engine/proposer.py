@@ -118,8 +118,8 @@ class Proposer:
                 logger.exception("the draft cache of %s was not completed", request.request_id)
 
     def bound_pending(self, requests: list[Request]) -> None:
-        """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded. Who has half as many
-        as may wait goes along, so that it is seldom.
+        """While speculation is off, features wait, since many rows at once cost little; this keeps their memory bounded. Who has half as
+        many as may wait goes along, so that it is seldom.
         """
         if self.drafter is None:
             return

@@ -17,12 +17,12 @@ from server.engine.batch import placed
 from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.grammar import constrain
-from server.engine.graphs import Graphs, half_power_of_two
+from server.engine.graphs import Graphs
 from server.engine.host import fetch, on_device
-from server.engine.kv_cache import PADDING_BLOCK, BlockPool, PagedTensors
+from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
 from server.engine.pool import root_only
-from server.engine.prompts import PIECE, Prompts, blank_rows, extend, prompt_rows
+from server.engine.prompts import Prompts, extend, prompt_rows
 from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.target import Rows, Target
@@ -73,12 +73,6 @@ class Steps:
         self.verifications.fixed = graphs is not None
         if self.proposer.drafter:
             self.proposer.drafter.graphs = graphs
-
-    def record_prompts(self, rows: int) -> None:
-        """Record the graphs of prompts for up to ``rows`` rows of a forward pass."""
-        for entries in sorted({half_power_of_two(count) for count in range(1, rows // PIECE + 1)}):
-            self.target.forward_parts([blank_rows(self.pool, entries)], self.cache)
-        self.cache.clear([PADDING_BLOCK])
 
     def run(self, requests: list[Request], outputs: list[RequestOutput], width: int, plan: Plan, stats: StepStats) -> None:
         """One forward pass: a chunk of at most ``width`` tokens for requests that compute their prompts, a verification for the others.

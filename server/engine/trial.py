@@ -2,21 +2,31 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from drafts.eagle3 import Eagle3Head
+from kernels.tree_layout import TreeLayout
 from server.engine.budget import LoadRule, default_acceptance
 from server.engine.config import EngineConfig
-from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees
+from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees, powers_of_two
 from server.engine.drafter import TreeShape
 from server.engine.fixed_trees import FixedTreeRule
+from server.engine.graphs import half_power_of_two
+from server.engine.kv_cache import PADDING_BLOCK, BlockPool
 from server.engine.ngram import FullDrafts
+from server.engine.prompts import PIECE
 from server.engine.scheduler import GPU_PREFILL_ROWS
-from server.engine.target import Target
+from server.engine.steps import Steps
+from server.engine.target import Rows, Target
 from server.engine.types import SamplingParams
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine
 
 PROMPT_TOKENS, NEW_TOKENS = 112, 128  # of the requests, which share the prompt's blocks
+LONG_CONTEXT = 1000  # tokens of contexts that plain steps are recorded for, beside those of the requests
 
 
 def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, config: EngineConfig) -> LoadRule:
@@ -26,13 +36,42 @@ def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, confi
     try:
         if not engine.steps.graphs:
             return LoadRule(full, _costs(trial, target, head, config), known, head is not None)
-        engine.steps.record_prompts(GPU_PREFILL_ROWS)
+        _record(engine.steps, config.max_num_seqs)
         seconds = measure_trees(trial.step, full, config.max_num_seqs)
     finally:
         trial.end()
     if head:
         return FixedTreeRule(full, seconds, known)
     return LoadRule(full, {batch: cost_of_trees(of) for batch, of in seconds.items()}, known, head=False)
+
+
+def _record(steps: Steps, max_seqs: int) -> None:
+    """Record the graphs of prompts, and those of plain decoding whose contexts are not short."""
+    prompts = sorted({half_power_of_two(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
+    blank = [_blank_prompts(steps.pool, count) for count in prompts]
+    blank += [_blank_roots(steps.pool, batch, LONG_CONTEXT) for batch in powers_of_two(max_seqs)]
+    for rows in tqdm(blank, desc="recording graphs", unit="graph", leave=False):
+        steps.target.forward_parts([rows], steps.cache)
+    steps.cache.clear([PADDING_BLOCK])
+
+
+def _blank_prompts(pool: BlockPool, entries: int) -> Rows:
+    """As many entries of a batch as prompts in pieces may have, of nobody's: to record graphs with."""
+    rows = torch.arange(PIECE, device=pool.tables.device).expand(entries, -1)
+    layout = TreeLayout(*_nobodys(pool, entries), rows, None, rows == 0, pool.block_size, 0)
+    return Rows(torch.zeros_like(rows), layout, torch.arange(entries, device=rows.device) * PIECE)
+
+
+def _blank_roots(pool: BlockPool, batch: int, context: int) -> Rows:
+    """The last tokens of a batch of nobody's, as if the longest context were ``context``: to record graphs with."""
+    zero = torch.zeros(batch, 1, dtype=torch.long, device=pool.tables.device)
+    return Rows(zero, TreeLayout(*_nobodys(pool, batch), zero, zero + 1, None, pool.block_size, context))
+
+
+def _nobodys(pool: BlockPool, batch: int) -> tuple[Tensor, Tensor]:
+    """Block tables and context lengths."""
+    tables = torch.zeros_like(pool.tables[:1]).expand(batch, -1)
+    return tables, torch.zeros(batch, dtype=torch.long, device=tables.device)
 
 
 def _costs(trial: "_Trial", target: Target, head: Eagle3Head | None, config: EngineConfig) -> dict[int, StepCost]:
