@@ -219,8 +219,12 @@ class LoadRule:
         for fewer in self._batches[: self._batches.index(kind[0])]:
             if self._sizes[fewer, kind[1]].nodes < tree.nodes:  # which fewer requests can afford as well
                 self._sizes[fewer, kind[1]] = tree
+        self._learn_worth(plan, gains, tree.gain)
+
+    def _learn_worth(self, plan: Plan, gains: list[float], least: float) -> None:
+        """``gains``: accepted tokens of the plan's drafts that were usual; ``least``: no less counts as what such trees are good for."""
         for (request, _, accepted), gain in zip(plan.drafts, gains, strict=True):
-            own, shared, scale = self._worth_of(request), self._shared_worth(request), max(gain, tree.gain)
+            own, shared, scale = self._worth_of(request), self._shared_worth(request), max(gain, least)
             request.worth = own + (accepted - own * gain) / scale * _OWN
             self._worth[request.warmth] = shared + (accepted - shared * gain) / scale * max(_SHARED, 1 / (2 + self._tries[request.warmth]))
         self._tries.update(request.warmth for request in plan.drafting)

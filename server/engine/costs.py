@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -23,6 +23,7 @@ TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
 TREE_TURNS = 5  # of a kind of step whose graphs are recorded,
 RECORDING_SECONDS = 120.0  # within so much time,
 MAX_TREE_ROWS = 1024  # and for so many nodes of a batch, which on an H200 took as long as four plain steps (8 billion parameters)
+FEW_LEVELS = 4  # of trees that have no shallow ones beside them
 KEPT_SECONDS = 7 * 24 * 3600.0  # that a machine is taken to stay the same
 MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
 
@@ -79,29 +80,36 @@ def measure_costs(
     return costs
 
 
-def measure_trees(run: Callable[[int, TreeShape], float], shape: TreeShape, max_batch: int) -> dict[int, dict[int, float]]:
-    """Seconds of steps whose requests all have trees of 1, 2, 4, ... nodes, by batch size and nodes; ``run`` as in ``measure_costs``.
+def tree_shapes(full: TreeShape) -> list[TreeShape]:
+    """Trees of 1, 2, 4, ... nodes, of all the levels that they can fill, and of half as many where these are more than a few."""
+    deep = [full.shrunk(nodes) for nodes in powers_of_two(full.nodes)]
+    return deep + [shape._replace(depth=(shape.depth + 1) // 2) for shape in deep if shape.depth > FEW_LEVELS]
+
+
+def measure_trees(run: Callable[[int, TreeShape], float], shapes: Sequence[TreeShape], max_batch: int) -> dict[int, dict[TreeShape, float]]:
+    """Seconds of steps whose requests all have trees of one of ``shapes``, by batch size and shape; ``run`` as in ``measure_costs``.
 
     The first step of a kind records graphs, and the next may find few of the requests ready; the median of those after it counts. Once
     RECORDING_SECONDS are spent, larger batches are taken to decode plainly, and their graphs are recorded when they are first used.
     """
-    seconds: dict[int, dict[int, float]] = {}
+    seconds: dict[int, dict[TreeShape, float]] = {}
     start = time.perf_counter()
-    for batch in tqdm(powers_of_two(max_batch), desc="recording graphs", unit="batch size", leave=False):
-        sizes = [nodes for nodes in powers_of_two(shape.nodes) if nodes == 1 or nodes * batch <= MAX_TREE_ROWS]
+    for batch in tqdm(powers_of_two(max_batch), desc="timing trees", unit="batch size", leave=False):
         if time.perf_counter() - start > RECORDING_SECONDS:
-            seconds[batch] = {1: 1.0}
-        else:
-            seconds[batch] = {nodes: median([run(batch, shape.shrunk(nodes)) for _ in range(2 + TREE_TURNS)][2:]) for nodes in sizes}
+            seconds[batch] = {shape: 1.0 for shape in shapes if shape.nodes == 1}
+            continue
+        timed = [shape for shape in shapes if shape.nodes == 1 or shape.nodes * batch <= MAX_TREE_ROWS]
+        seconds[batch] = {shape: median([run(batch, shape) for _ in range(2 + TREE_TURNS)][2:]) for shape in timed}
     return seconds
 
 
-def cost_of_trees(seconds: Mapping[int, float]) -> StepCost:
+def cost_of_trees(seconds: Mapping[TreeShape, float]) -> StepCost:
     """The parts of what ``measure_trees`` timed at one batch size; trees whose drafting is part of it have no levels of their own."""
-    nodes = max(seconds)
-    node = (seconds[nodes] - seconds[2]) / (nodes - 2) if nodes > 2 else 0.0
-    base = seconds.get(2, 1e9) - 2 * node
-    return StepCost(seconds[1], base, 0.0, node, text=max(0.0, base + node - seconds[1]))
+    deep = {shape.nodes: max(t for other, t in seconds.items() if other.nodes == shape.nodes) for shape in seconds}
+    nodes = max(deep)
+    node = (deep[nodes] - deep[2]) / (nodes - 2) if nodes > 2 else 0.0
+    base = deep.get(2, 1e9) - 2 * node
+    return StepCost(deep[1], base, 0.0, node, text=max(0.0, base + node - deep[1]))
 
 
 def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:

@@ -44,7 +44,7 @@ class TreeShape(NamedTuple):
 
     def shrunk(self, nodes: int) -> "TreeShape":
         """The shape for fewer nodes: no level and no branch that they could not fill."""
-        return self._replace(nodes=nodes, depth=min(self.depth, max(1, nodes - 1)), topk=max(1, min(self.topk, nodes - 1)))
+        return self._replace(nodes=nodes, depth=min(self.depth, max(1, nodes - 1)), topk=max(1, min(self.topk, nodes // 2)))
 
 
 class Grown(NamedTuple):

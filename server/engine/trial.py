@@ -10,7 +10,7 @@ from drafts.eagle3 import Eagle3Head
 from kernels.tree_layout import TreeLayout
 from server.engine.budget import LoadRule, default_acceptance
 from server.engine.config import EngineConfig
-from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees, powers_of_two
+from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees, powers_of_two, tree_shapes
 from server.engine.drafter import TreeShape
 from server.engine.fixed_trees import FixedTreeRule
 from server.engine.graphs import half_power_of_two
@@ -37,7 +37,7 @@ def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, confi
         if not engine.steps.graphs:
             return LoadRule(full, _costs(trial, target, head, config), known, head is not None)
         _record(engine.steps, config.max_num_seqs)
-        seconds = measure_trees(trial.step, full, config.max_num_seqs)
+        seconds = measure_trees(trial.step, tree_shapes(full), config.max_num_seqs)
     finally:
         trial.end()
     if head:

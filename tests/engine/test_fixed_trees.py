@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from server.engine.costs import measure_trees
+from server.engine.costs import measure_trees, tree_shapes
 from server.engine.drafter import TreeShape
-from server.engine.fixed_trees import FixedTreeRule
+from server.engine.fixed_trees import COMPARING, FixedTreeRule
 from server.engine.types import SamplingParams
 from tests.engine.engines import build, tiny_model
 
@@ -14,21 +14,26 @@ SHAPE = TreeShape(16, 5, 6)
 USUAL = {1: 1.0, 2: 1.8, 4: 2.6, 8: 3.2, 16: 3.6}
 
 
-def seconds(flat: float) -> dict[int, dict[int, float]]:
-    """A step takes 1 up to ``flat`` rows, and what is beyond in proportion; drafting takes 0.2."""
-    return {b: {n: max(1.0, b * n / flat) + 0.2 * (n > 1) for n in (1, 2, 4, 8, 16)} for b in (1, 2, 4, 8, 16, 32)}
+def seconds(flat: float, level: float = 0.0) -> dict[int, dict[TreeShape, float]]:
+    """A step takes 1 up to ``flat`` rows, and what is beyond in proportion; drafting takes 0.2, and ``level`` for every level."""
+    return {
+        batch: {
+            shape: max(1.0, batch * shape.nodes / flat) + (0.2 + level * shape.depth) * (shape.nodes > 1) for shape in tree_shapes(SHAPE)
+        }
+        for batch in (1, 2, 4, 8, 16, 32)
+    }
 
 
 def test_steps_are_timed_after_they_were_recorded() -> None:
-    calls: list[tuple[int, int]] = []
+    calls: list[tuple[int, TreeShape]] = []
 
     def step(batch: int, shape: TreeShape) -> float:
-        calls.append((batch, shape.nodes))
-        return 5.0 if calls.count(calls[-1]) == 1 else batch + shape.nodes / 100
+        calls.append((batch, shape))
+        return 5.0 if calls.count(calls[-1]) == 1 else batch + shape.nodes / 100 + shape.depth / 1000
 
-    found = measure_trees(step, SHAPE, 4)
-    assert found == {b: {n: b + n / 100 for n in (1, 2, 4, 8, 16)} for b in (1, 2, 4)}
-    assert {shape for _, shape in calls} == {1, 2, 4, 8, 16}
+    found = measure_trees(step, tree_shapes(SHAPE), 4)
+    assert found == {b: {s: b + s.nodes / 100 + s.depth / 1000 for s in tree_shapes(SHAPE)} for b in (1, 2, 4)}
+    assert [(s.nodes, s.depth) for s in tree_shapes(SHAPE)] == [(1, 1), (2, 1), (4, 3), (8, 5), (16, 5), (8, 3), (16, 3)]
 
 
 class TestRule:
@@ -81,3 +86,18 @@ class TestRule:
         plan = FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(requests)
         assert plan.drafting == requests[:3]
         assert not FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(requests[3:]).drafting
+
+    @pytest.mark.parametrize("share", [0.6, 1.0], ids=["deep trees accept more", "they do not"])
+    @pytest.mark.parametrize("batch", [4, 32])
+    def test_learns_whether_levels_pay(self, batch: int, share: float) -> None:
+        """Trees are as deep as the step before began them; five levels take a fifth more of a step than three."""
+        rule, requests, depths, levels = FixedTreeRule(SHAPE, seconds(512.0, level=0.12), USUAL), self.requests(batch), [], 5
+        for _ in range(40 * COMPARING):
+            plan = rule.choose(requests)
+            accepted = rule.usual(plan.shape.nodes) * (share if levels == 3 else 1.0)
+            plan.drafts = [(request, plan.shape.nodes - 1, accepted) for request in plan.drafting]
+            plan.levels, levels = levels, plan.shape.depth
+            rule.observe(plan, None)
+            depths.append(plan.shape.depth)
+        last = depths[-4 * COMPARING :]
+        assert last.count(5 if share < 1 else 3) == 4 * (COMPARING - 1)
