@@ -6,6 +6,7 @@ loads no slot that the request has not written.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from server.engine.drafter import Grown
@@ -39,6 +40,15 @@ class Drafted(NamedTuple):
         pool = pool._replace(scores=pool.scores.masked_fill(new[:, None], float("-inf")))
         tokens, scores = self.grown.guesses
         return Grown(pool, self.grown.levels, (tokens[chosen], scores[chosen].masked_fill(new, IMPROBABLE)))
+
+    def beside(self, others: "Drafted | Passed | None") -> "Drafted":
+        """Together with what was drafted of ``others`` for a shape of as many nodes and levels."""
+        if not isinstance(others, Drafted):
+            return self
+        (tokens, scores), (their_tokens, their_scores) = self.grown.guesses, others.grown.guesses
+        pool = Pool(*map(torch.cat, zip(others.grown.pool, self.grown.pool, strict=True)))
+        guesses = torch.cat((their_tokens, tokens)), torch.cat((their_scores, scores))
+        return Drafted(others.requests + self.requests, Grown(pool, self.grown.levels, guesses))
 
 
 class Passed(NamedTuple):

@@ -49,8 +49,8 @@ def prompt_rows(pool: BlockPool, requests: list[Request], width: int, in_pieces:
     return prompts._replace(rows=Rows(tokens, layout, last))
 
 
-def extend(prompts: Prompts, logits: Tensor, features: Tensor | None) -> None:
-    """Note what the chunks have computed; logits and features as a forward pass returns them."""
+def extend(prompts: Prompts, logits: Tensor, features: Tensor | None, joined: list[Request]) -> None:
+    """Note what the chunks have computed; logits and features as a forward pass returns them; ``joined``: whose draft caches have it."""
     reports: list[list[TokenLogprob]] = [[] for _ in prompts.requests]
     for i, (request, chunk, first) in enumerate(zip(prompts.requests, prompts.chunks, prompts.firsts, strict=True)):
         if request.prompt_alternatives is not None:
@@ -60,6 +60,9 @@ def extend(prompts: Prompts, logits: Tensor, features: Tensor | None) -> None:
     # Only now, when nothing can fail any more, are requests changed.
     for request, chunk, first, report in zip(prompts.requests, prompts.chunks, prompts.firsts, reports, strict=True):
         request.prompt_logprobs += report
-        if computed is not None:
-            request.pending.append(computed[first : first + len(chunk)])
         request.context_len += len(chunk)
+        if request in joined:
+            request.pending.clear()
+            request.draft_len = request.context_len
+        elif computed is not None:
+            request.pending.append(computed[first : first + len(chunk)])

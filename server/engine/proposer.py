@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.ngram import Candidates, Draft, Ngrams
 from server.engine.pool import best_tree, limited, merge, root_only
+from server.engine.prompts import Prompts
 from server.engine.request import Request
 from server.engine.types import Tree, Verdict
 
@@ -65,23 +66,33 @@ class Proposer:
         if self.drafter is None or not behind:
             return
         # A request that ended may have fewer tokens than were accepted.
-        features = torch.cat([rows for request in behind for rows in _first(request.pending, request.num_pending)])
-        counts = [request.num_pending for request in behind]
-        positions, tokens, slots = list[int](), list[int](), list[int]()
-        for request, count in zip(behind, counts, strict=True):
-            first = request.draft_len
-            positions += range(first, first + count)
-            tokens += request.token_ids[first + 1 : first + count + 1]
-            slots += self.pool.slots(request.row, first, count)
-        entries = on_device([positions, tokens, slots], self.device)
-        ends = [request.context_len - 1 for request in behind]
-        last = [end - 1 for end in accumulate(counts)]
-        rows, last_rows, lengths = on_device([[request.row for request in behind], last, ends], self.device)
-        tables, temperature = self.pool.tables[rows], self._temperature(behind)
-        self.drafter.extend(rows + 1, features, entries[1], entries[0], entries[2], last_rows, tables, lengths, temperature, max(ends))
-        for request, n in zip(behind, counts, strict=True):
-            request.draft_len += n
+        features = [rows for request in behind for rows in _first(request.pending, request.num_pending)]
+        self._extend(behind, [request.context_len for request in behind], features, None)
+        for request in behind:
+            request.draft_len = request.context_len
             request.pending.clear()
+
+    def _extend(self, requests: list[Request], ends: list[int], features: list[Tensor], newest: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Bring the draft caches up to ``ends``; features: pieces of all rows in order; newest int64 [B]: the tokens at the ends, where the
+        host does not know them. Returns the requests' rows of the block tables, and ``ends``, int64 [B].
+        """
+        assert self.drafter is not None
+        positions, tokens, slots, last = list[int](), list[int](), list[int](), list[int]()
+        for request, end in zip(requests, ends, strict=True):
+            first = request.draft_len
+            positions += range(first, end)
+            own = request.token_ids[first + 1 : end + 1]
+            tokens += own + [0] * (end - first - len(own))
+            slots += self.pool.slots(request.row, first, end - first)
+            last.append(len(positions) - 1)
+        entries = on_device([positions, tokens, slots], self.device)
+        rows, last_rows, lengths = on_device([[request.row for request in requests], last, ends], self.device)
+        following = entries[1] if newest is None else entries[1].index_copy(0, last_rows, newest)
+        self.drafter.extend(
+            rows + 1, torch.cat(features), following, entries[0], entries[2], last_rows, self.pool.tables[rows], lengths - 1,
+            self._temperature(requests), max(ends) - 1,
+        )  # fmt: skip
+        return rows, lengths
 
     def begin(self, requests: list[Request]) -> None:
         """Let the device start on what ``propose`` needs first, while the host has work of its own. What fails, fails there again."""
@@ -197,6 +208,33 @@ class Proposer:
             raise
         except Exception:
             logger.exception("drafting ahead failed; the next step drafts anew")
+            self.failed += 1
+            return None
+
+    def join(
+        self, prompts: Prompts, places: list[int], features: Tensor, tokens: Tensor, shape: TreeShape, options: SamplingBatch,
+        noise: Noise | None,
+    ) -> Drafted | None:  # fmt: skip
+        """Take the prompts at ``places``, which end with this chunk, into the draft cache, and draft from their first ``tokens`` int64 [B],
+        while the host does not know them; features [B', N, 3 * H] of the prompts' rows. None when that fails; then it is done in its turn.
+        """
+        assert self.drafter is not None
+        requests = [prompts.requests[i] for i in places]
+        computed = features.flatten(0, 1)
+        pieces = [(*prompts.requests[i].pending, computed[prompts.firsts[i] :][: len(prompts.chunks[i])]) for i in places]
+        try:
+            ends = [request.prefill_len for request in requests]
+            rows, lengths = self._extend(requests, ends, [piece for own in pieces for piece in own], tokens)
+            sigma, temperature = self._sigma(requests, shape.depth), self._temperature(requests)
+            if noise is not None:
+                noise = replace(noise, key=noise.key._replace(positions=noise.key.positions + 1))
+            options = options._replace(allowed=None)
+            grown = self.drafter.grow(rows, self.pool.tables[rows], lengths, max(ends), shape, options, noise, sigma, temperature, None)
+            return Drafted(requests, grown)
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("drafting for new requests failed; they draft a step later")
             self.failed += 1
             return None
 

@@ -49,11 +49,16 @@ class Begun(NamedTuple):
 
 
 class First(NamedTuple):
-    """The first tokens of ``requests``; logits [B, 1, V]; ``answer`` waits for the tokens, and whether the logits are free of NaN."""
+    """The first tokens of ``requests``, which are at ``places`` among the prompts; logits [B, 1, V]; ``answer`` waits for the tokens, and
+    whether the logits are free of NaN.
+    """
 
     requests: list[Request]
+    places: list[int]
     logits: Tensor
     verdict: Verdict
+    options: SamplingBatch
+    noise: Noise | None
     answer: Callable[[], list[list]]
 
 
@@ -94,13 +99,16 @@ class Steps:
         if prompts and self.graphs:
             results = self.target.forward_parts([prompts.rows], self.cache)
         first = self._first_tokens(prompts, results[0][0]) if prompts else None
+        joined = self._join(first, prompts, results[0][1], decoding, plan) if prompts else None
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:
             outputs += self._settle(verification, plan, stats)
         told = first.answer() if first else []
+        if joined:
+            self.ahead = joined.beside(self.ahead)
         if prompts:
-            extend(prompts, *results[0])
+            extend(prompts, *results[0], joined.requests if joined else [])
             stats.prompt_tokens += sum(map(len, prompts.chunks))
         if first:
             outputs += self._commit(first.requests, first.verdict, told[0], told[1], first.logits, stats)
@@ -120,7 +128,16 @@ class Steps:
         options, noise = self.verifications.sampling(done, 0)
         tree, options = constrain(done, root_only(placed(done, self.device).roots), options, self.target.vocab_size)
         verdict, healthy = _verify(tree, 0, last, options, noise)
-        return First(done, last, verdict, fetch(verdict.tokens, healthy))
+        return First(done, complete, last, verdict, options, noise, fetch(verdict.tokens, healthy))
+
+    def _join(self, first: First | None, prompts: Prompts, features: Tensor | None, decoding: list[Request], plan: Plan) -> Drafted | None:
+        """Where others draft by graphs, the head drafts for those with a first token as well, before the host knows it."""
+        # As in ``_go_ahead``: logits that are still to be read would be overwritten.
+        read = any(request.params.logprobs is not None for request in decoding)
+        drafts = self.proposer.drafter is not None and self.graphs is not None and plan.drafting and not plan.apart and not is_plain(plan)
+        if first is None or features is None or not drafts or read:
+            return None
+        return self.proposer.join(prompts, first.places, features, first.verdict.tokens[:, 0], plan.shape, first.options, first.noise)
 
     def _begin(self, batch: Verification, logits: Tensor, features: Tensor | None, plan: Plan, lasting: bool) -> Begun:
         """Give the device what is to be done with a verification's results; logits [B * N, V].
