@@ -1,25 +1,26 @@
 """The load rule where steps are replayed: all requests have trees of one shape, out of a few, or nobody has any."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from server.engine.budget import MAX_PROBE, PROBE, START_GAIN, STOP_GAIN, TRYING, LoadRule, Plan
-from server.engine.costs import cost_of_trees
+from server.engine.costs import cost_of_trees, tree_shapes
 from server.engine.drafter import TreeShape
 from server.engine.ngram import Draft
 from server.engine.request import Request
 
-SHALLOW_SHARE = 0.92  # of what deep trees accept, that shallow ones of as many nodes are taken to accept before they are compared
-COMPARING = 32  # drafting steps of which one drafts by the other number of levels, to compare
-_CERTAIN = 128  # drafts compared at once that count as much as all that was known of the share
-_LEAST_SHARE, _LEAST_GAIN = 0.3, 0.5
+SHALLOW = 0.92  # of what deep trees accept, that shallow ones of as many nodes are taken to accept before they are compared
+COMPARING, OTHERS = 32, 3  # drafting steps of which two draft by another shape, one of the next best ones in turn
+_GUESSED, _MOST_SEEN = 32, 512  # drafts that the first guess of a factor is worth, and that count at most
+_LEAST_GAIN, _LEAST_FACTOR, _LARGEST_FACTOR = 0.5, 0.3, 3.0
 _NEWS = 0.1  # The weight of a step's seconds in what is known of its kind.
 _OUTLIER = 1.5  # They count no larger multiple of that: a graph may have been recorded meanwhile.
 
 
 class FixedTreeRule(LoadRule):
     """Chooses the shape of tree that makes the most tokens per second of the whole batch, by measured seconds of every shape and by what
-    the requests accept beside what is usual, which is learned as by ``LoadRule``; and by what shallow trees accept beside deep ones.
+    the requests accept beside what is usual, which is learned as by ``LoadRule``. A class of requests may accept more of some shape than
+    that says, or less: a factor, which is learned by drafting by another shape now and then.
 
     seconds: of a step, by batch size and shape, that of one node being plain decoding and alone where no tree can pay; acceptance: as in
     ``LoadRule``.
@@ -29,7 +30,9 @@ class FixedTreeRule(LoadRule):
         super().__init__(shape, {batch: cost_of_trees(of) for batch, of in seconds.items()}, acceptance)
         self._steps = {batch: dict(of) for batch, of in seconds.items()}
         self._plain = shape.shrunk(1)
-        self._shares: defaultdict[int, float] = defaultdict(lambda: SHALLOW_SHARE)  # of shallow trees, by class of requests
+        self._shapes = {(of.nodes, of.depth): of for of in tree_shapes(shape)}
+        self._factors: dict[tuple[int, TreeShape], float] = {}  # by class of requests
+        self._seen: Counter[tuple[int, TreeShape]] = Counter()  # drafts that they were learned from
         self._favourite = self._plain
         self._probes: defaultdict[int, tuple[int, int]] = defaultdict(lambda: (PROBE, 0))  # by batch size: as in ``LoadRule``
 
@@ -59,23 +62,21 @@ class FixedTreeRule(LoadRule):
             worth[request.warmth] += self._worth_of(request)
 
         def gain(shape: TreeShape) -> float:
-            shallow = self._is_shallow(shape, shape.depth)
-            accepted = sum(total * self._gain(shape.nodes, shallow, warmth) for warmth, total in worth.items())
+            accepted = self.usual(shape.nodes) * sum(total * self._factor(warmth, shape) for warmth, total in worth.items())
             return (batch + min(accepted, (shape.nodes - 1) * len(able))) / batch * steps[self._plain] / steps[shape]
 
         return {shape: gain(shape) for shape in steps if shape.nodes > 1}
 
-    def _gain(self, nodes: int, shallow: bool, warmth: int) -> float:
-        """Tokens that trees of so many nodes accept of such requests if these accept what is usual."""
-        return self.usual(nodes) * (self._shares[warmth] if shallow else 1.0)
-
-    def _is_shallow(self, shape: TreeShape, levels: int) -> bool:
-        return levels < self.shape.shrunk(shape.nodes).depth
+    def _factor(self, warmth: int, shape: TreeShape) -> float:
+        """What such requests accept of trees of the shape, over what is usual for so many nodes and what they accept otherwise."""
+        first = SHALLOW if shape.depth < self.shape.shrunk(shape.nodes).depth else 1.0
+        return self._factors.get((warmth, shape), first)
 
     def _varied(self, best: TreeShape, gains: Mapping[TreeShape, float]) -> TreeShape:
-        """Now and then the shape of as many nodes with the other number of levels."""
-        others = [shape for shape in gains if shape.nodes == best.nodes and shape != best]
-        return others[0] if others and self._drafting % COMPARING == COMPARING - 1 else best
+        """The best shape, or now and then another one: for two steps, since the trees of the first were begun by the step before."""
+        turn, step = divmod(self._drafting, COMPARING)
+        others = sorted(gains.keys() - {best}, key=gains.__getitem__, reverse=True)[:OTHERS]
+        return others[turn % len(others)] if others and step >= COMPARING - 2 else best
 
     def _tried(self, able: list[Request], batch: int, size: int) -> list[Request]:
         """The requests that draft now and then, to see whether it has become worth while: those whose draft caches are the least behind."""
@@ -95,19 +96,22 @@ class FixedTreeRule(LoadRule):
         steps[shape] += (min(seconds, _OUTLIER * steps[shape]) - steps[shape]) * _NEWS
 
     def _learn(self, plan: Plan) -> None:
-        """From what was accepted of trees that a step of another shape may have begun."""
-        shallow = self._is_shallow(plan.shape, plan.levels)
-        if shallow == self._is_shallow(self._favourite, self._favourite.depth):
-            gains = [self._gain(1 + drafted, shallow, request.warmth) for request, drafted, _ in plan.drafts]
+        """From what was accepted of trees that were begun and verified by the same shape."""
+        shape = self._shapes.get((plan.shape.nodes, plan.levels))
+        if shape is None:
+            return
+        if shape == self._favourite:
+            gains = [self.usual(1 + drafted) * self._factor(request.warmth, shape) for request, drafted, _ in plan.drafts]
             self._learn_worth(plan, gains, _LEAST_GAIN)
             return
         for warmth in {request.warmth for request, _, _ in plan.drafts}:
-            self._compare_depths([draft for draft in plan.drafts if draft[0].warmth == warmth], warmth, shallow)
+            self._compare_shapes([draft for draft in plan.drafts if draft[0].warmth == warmth], warmth, shape)
 
-    def _compare_depths(self, drafts: list[tuple[Request, int, int]], warmth: int, shallow: bool) -> None:
-        """Learn from trees of the other number of levels."""
-        deep = sum(self._worth_of(request) * self.usual(1 + drafted) for request, drafted, _ in drafts)
-        ratio = max(sum(accepted for _, _, accepted in drafts) / max(deep, _LEAST_GAIN), _LEAST_SHARE)
-        known = self._shares[warmth]
-        said = min(max(ratio if shallow else known / ratio, _LEAST_SHARE), 1.0)
-        self._shares[warmth] = known + (said - known) * len(drafts) / (len(drafts) + _CERTAIN)
+    def _compare_shapes(self, drafts: list[tuple[Request, int, int]], warmth: int, shape: TreeShape) -> None:
+        """Learn from trees of a shape that is not the favourite."""
+        expected = sum(self._worth_of(request) * self.usual(1 + drafted) for request, drafted, _ in drafts)
+        said = sum(accepted for _, _, accepted in drafts) / max(expected, _LEAST_GAIN)
+        said = min(max(said, _LEAST_FACTOR), _LARGEST_FACTOR)
+        seen = self._seen[warmth, shape] = min(self._seen[warmth, shape] + len(drafts), _MOST_SEEN)
+        known = self._factor(warmth, shape)
+        self._factors[warmth, shape] = known + (said - known) * len(drafts) / (_GUESSED + seen)

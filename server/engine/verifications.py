@@ -20,6 +20,8 @@ from server.engine.sampling import batch_noise, batch_options
 from server.engine.target import Rows
 from server.engine.types import Tree
 
+FEW_NODES = 4  # of a tree, which the head fills by itself: texts would raise what is committed by a few percent (demo pair)
+
 
 class Verification(NamedTuple):
     """What one forward pass verifies of some requests; ``reach``: depth of the deepest node, at most.
@@ -72,9 +74,7 @@ class Verifications:
         if plan.shape.nodes > 1 and plan.shape.depth > 0:
             self.proposer.begin(requests)
         shape = plan.shape if self.fixed else _allowed(requests, plan.shape)
-        # The device waits for what is looked up here: not for what hardly finds a place beside the head's nodes.
-        price = 1 / shape.nodes if self.fixed and self.proposer.drafter else 0.0
-        drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, shape.nodes, price)
+        drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, shape.nodes, self._price(shape))
         reach = max([shape.depth, *(draft.depth for draft in drafts or ())])
         options, noise = self.sampling(requests, reach)
         tree = self.proposer.propose(requests, at, shape, options, noise, drafts, ahead)
@@ -85,6 +85,12 @@ class Verifications:
         if len(groups) == 1:
             return [self._verification(requests, at, tree, reach, options, noise, drafts, groups[0])]
         return [self._part(requests, tree, drafts, places, places) for places in groups]
+
+    def _price(self, shape: TreeShape) -> float:
+        """Of what texts propose beside the head. By graphs the device waits while it is looked up: not for what hardly finds a place."""
+        if not self.fixed or self.proposer.drafter is None:
+            return 0.0
+        return 1 / shape.nodes if shape.nodes > FEW_NODES else math.inf
 
     def _copy(self, requests: list[Request], plan: Plan) -> list[Verification]:
         """Trees of what the requests' own texts propose, which costs nothing to make; if the rule has not looked, what grammars demand."""
