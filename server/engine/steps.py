@@ -36,7 +36,7 @@ class Begun(NamedTuple):
     """A verification that the device is at work on. ``answer`` waits for it: the committed tokens, whether the logits are free of NaN, the
     drafted and the accepted nodes of every request. ``learn`` then learns from the head's guesses.
 
-    logits [B, N, V]; ``kept``: features of the nodes on the verdict's paths, [B, D + 1, 3 * H]; ``ahead``: the next step's begin.
+    logits [B, N, V]; ``kept``: features of the nodes on the verdict's paths, [B, D + 1, 3 * H].
     """
 
     batch: Verification
@@ -45,7 +45,6 @@ class Begun(NamedTuple):
     answer: Callable[[], list[list]]
     learn: Callable[[], None] | None
     kept: Tensor | None
-    ahead: Drafted | Passed | None
 
 
 class First(NamedTuple):
@@ -90,28 +89,29 @@ class Steps:
         prompts = prompt_rows(self.pool, prefilling, width, self.graphs is not None) if prefilling else None
         batches = self.verifications.of(decoding, plan, ahead) if decoding else []
         rows = [batch.rows for batch in batches if batch.passed is None]
-        # A CPU computes all rows together. By graphs prompts come last, so that the host learns what became of the trees meanwhile.
+        # A CPU computes all rows together. By graphs prompts come after trees, so that the host learns what became of these meanwhile, and
+        # what belongs to the next step comes last, while it learns the first tokens.
         early = [prompts.rows] if prompts and not self.graphs else []
         results = self.target.forward_parts([*early, *rows], self.cache) if early or rows else []
         verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results[len(early) :]
-        lasting = plan.lasting and len(batches) == 1 and len(batches[0].requests) == len(decoding)
-        begun = [self._begin(batch, *result, plan, lasting) for batch, result in zip(batches, verified, strict=True)]
+        begun = [self._begin(batch, *result) for batch, result in zip(batches, verified, strict=True)]
         if prompts and self.graphs:
             results = self.target.forward_parts([prompts.rows], self.cache)
         first = self._first_tokens(prompts, results[0][0]) if prompts else None
+        lasting = plan.lasting and len(batches) == 1 and len(batches[0].requests) == len(decoding)
+        ahead = self._go_ahead(begun[0], plan) if lasting else None
         joined = self._join(first, prompts, results[0][1], decoding, plan) if prompts else None
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:
-            outputs += self._settle(verification, plan, stats)
+            outputs += self._settle(verification, ahead, plan, stats)
         told = first.answer() if first else []
-        if joined:
-            self.ahead = joined.beside(self.ahead)
         if prompts:
             extend(prompts, *results[0], joined.requests if joined else [])
             stats.prompt_tokens += sum(map(len, prompts.chunks))
         if first:
             outputs += self._commit(first.requests, first.verdict, told[0], told[1], first.logits, stats)
+        self.ahead = joined.beside(ahead) if joined else ahead
 
     def _first_tokens(self, prompts: Prompts, logits: Tensor) -> First | None:
         """The token after every prompt that is complete now; one that was preempted has it already."""
@@ -139,11 +139,8 @@ class Steps:
             return None
         return self.proposer.join(prompts, first.places, features, first.verdict.tokens[:, 0], plan.shape, first.options, first.noise)
 
-    def _begin(self, batch: Verification, logits: Tensor, features: Tensor | None, plan: Plan, lasting: bool) -> Begun:
-        """Give the device what is to be done with a verification's results; logits [B * N, V].
-
-        ``lasting``: the next step will probably be of this kind, for these requests.
-        """
+    def _begin(self, batch: Verification, logits: Tensor, features: Tensor | None) -> Begun:
+        """Give the device what is to be done with a verification's results; logits [B * N, V]."""
         logits, tree = logits.unflatten(0, batch.tree.tokens.shape), batch.tree
         layout, is_tree = batch.rows.layout, tree.tokens.shape[1] > 1
         # What is given to graphs, and what kernels are compiled for, has one size for all trees of as many nodes.
@@ -156,11 +153,10 @@ class Steps:
         is_told = batch.places is not None and is_tree and (self.graphs is not None or self.proposer.learned is not None)
         learn = self.proposer.tell(batch.requests, batch.places or [], verdict) if is_told else None
         kept = None if features is None else self._kept(features, verdict)
-        ahead = self._go_ahead(batch, kept, verdict, plan) if lasting else None
-        return Begun(batch, logits, verdict, answer, learn, kept, ahead)
+        return Begun(batch, logits, verdict, answer, learn, kept)
 
-    def _settle(self, begun: Begun, plan: Plan, stats: StepStats) -> list[RequestOutput]:
-        """Wait for the outcome, and keep it."""
+    def _settle(self, begun: Begun, ahead: Drafted | Passed | None, plan: Plan, stats: StepStats) -> list[RequestOutput]:
+        """Wait for the outcome, and keep it; ``ahead``: what has been begun of the next step."""
         batch, kept = begun.batch, begun.kept
         tokens, whole, nodes, accepted = begun.answer()
         if batch.tree.tokens.shape[1] > 1:
@@ -168,7 +164,7 @@ class Steps:
         if begun.learn is not None:
             begun.learn()
         # Whose draft caches have been brought up to what is committed now.
-        extended = [isinstance(begun.ahead, Drafted) and request.num_pending == 0 for request in batch.requests]
+        extended = [isinstance(ahead, Drafted) and request.num_pending == 0 for request in batch.requests]
         for i, request in enumerate(batch.requests):
             if kept is not None and not extended[i]:
                 request.pending.append(kept[i, : accepted[i] + 1])
@@ -178,11 +174,11 @@ class Steps:
                 request.draft_len = request.context_len
         self.proposer.learn_texts(batch.drafts, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
-        self.ahead = begun.ahead
         return outputs
 
-    def _go_ahead(self, batch: Verification, features: Tensor | None, verdict: Verdict, plan: Plan) -> Drafted | Passed | None:
-        """With graphs the device begins with the next step while the host learns what became of this one; features: as ``_kept``."""
+    def _go_ahead(self, begun: Begun, plan: Plan) -> Drafted | Passed | None:
+        """With graphs the device begins with the next step while the host learns what became of this one."""
+        batch, verdict, features = begun.batch, begun.verdict, begun.kept
         requests = batch.requests
         # Graphs, which share their memory, would overwrite logits that are still to be read.
         read = any(request.params.logprobs is not None for request in requests)
