@@ -57,10 +57,13 @@ def main() -> int:
 
 def _load(settings: Settings, report: "Report") -> "Engine":
     from server.engine.engine import Engine  # in the thread that loads: importing all models of transformers takes seconds
+    from server.engine.host import keep_what_is_loaded
 
     config = settings.engine_config()
     logging.info("starting %s: target %s, draft %s", settings.model_name, config.model, config.draft or "none")
-    return Engine.from_config(config, report)
+    engine = Engine.from_config(config, report)
+    keep_what_is_loaded()
+    return engine
 
 
 def _uvicorn_config(app: "FastAPI", settings: Settings) -> "uvicorn.Config":

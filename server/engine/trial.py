@@ -13,7 +13,7 @@ from server.engine.config import EngineConfig
 from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees, powers_of_two, tree_shapes
 from server.engine.drafter import TreeShape
 from server.engine.fixed_trees import FixedTreeRule
-from server.engine.graphs import half_power_of_two
+from server.engine.graphs import in_eighths
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool
 from server.engine.ngram import FullDrafts
 from server.engine.prompts import PIECE
@@ -47,7 +47,7 @@ def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, confi
 
 def _record(steps: Steps, max_seqs: int) -> None:
     """Record the graphs of prompts, and those of plain decoding whose contexts are not short."""
-    prompts = sorted({half_power_of_two(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
+    prompts = sorted({in_eighths(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
     blank = [_blank_prompts(steps.pool, count) for count in prompts]
     blank += [_blank_roots(steps.pool, batch, LONG_CONTEXT) for batch in powers_of_two(max_seqs)]
     for rows in tqdm(blank, desc="recording graphs", unit="graph", leave=False):

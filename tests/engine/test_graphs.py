@@ -16,7 +16,7 @@ from server.engine.costs import StepCost
 from server.engine.drafter import Grown
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.fixed_trees import FixedTreeRule
-from server.engine.graphs import MAX_GRAPHS, Graphs, half_power_of_two, power_of_two
+from server.engine.graphs import MAX_GRAPHS, Graphs, in_eighths, power_of_two
 from server.engine.kv_cache import PagedTensors
 from server.engine.lean import LeanDecoder
 from server.engine.prompts import PIECE
@@ -72,7 +72,7 @@ def recorded_prompts() -> Recorded:
 def recorded(recorded_prompts: Recorded, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """Engines made in a test use graphs; those of trees are counted here."""
     counting = Recorded()
-    both = Graphs(counting, power_of_two), Graphs(recorded_prompts, half_power_of_two)
+    both = Graphs(counting, power_of_two), Graphs(recorded_prompts, in_eighths)
     monkeypatch.setattr(engine_module, "_graphs", lambda target, config: both)
     return counting
 

@@ -21,6 +21,7 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         from server.engine.config import EngineConfig
         from server.engine.engine import Engine
+        from server.engine.host import keep_what_is_loaded
         from server.engine.loading import load
         from server.engine.target import Target
 
@@ -34,6 +35,7 @@ class Engine:
             SPECULATION: Engine(target, head, tokenizer, config),
             PLAIN: Engine(Target(target.model, taps=False, decoder=target.decoder), None, tokenizer, config),
         }
+        keep_what_is_loaded()  # as the server does
 
     def run(self, work: Work) -> Answers:
         return answers_of(self.engines[work.system], work)

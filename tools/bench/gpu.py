@@ -25,6 +25,7 @@ from drafts.eagle3 import Eagle3Head
 from kernels.bench import copy_rate
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.host import keep_what_is_loaded
 from server.engine.lean import LeanDecoder
 from server.engine.target import Target, self_check
 from server.engine.types import SamplingParams
@@ -91,6 +92,7 @@ class Systems:
         self.weights = read / 1e9
         self.model.set_attn_implementation("sdpa")  # transformers' own forward pass is used by its generate alone
         self.model.generation_config = GenerationConfig()  # no end-of-sequence token
+        keep_what_is_loaded()
 
     def run(self, system: str, prompts: Sequence[list[int]], progress: tqdm, concurrency: int, temperature: float, tokens: int) -> Round:
         work = Work(system, list(prompts), concurrency, temperature, tokens)
