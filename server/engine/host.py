@@ -33,6 +33,6 @@ def fetch(*values: Tensor) -> Callable[[], list[list]]:
 
 
 def keep_what_is_loaded() -> None:
-    """Spare Python's garbage collector the objects that are there: a walk through those of a loaded model stops a step for 0.2 s at times."""
+    """Spare Python's garbage collector the objects that are there: going through a loaded model takes 0.2 s of some step."""
     gc.collect()
     gc.freeze()
