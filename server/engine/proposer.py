@@ -142,7 +142,7 @@ class Proposer:
         """What the requests' own texts propose for trees of ``nodes`` nodes that are worth ``price`` each; None when nothing is to be
         drafted, or when it fails.
         """
-        if self.ngrams is None or nodes == 1:
+        if self.ngrams is None or nodes == 1 or (price == math.inf and all(request.matcher is None for request in requests)):
             return None
         try:
             return self.ngrams.find(requests, nodes, price)
