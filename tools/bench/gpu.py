@@ -139,7 +139,7 @@ def bench(args: argparse.Namespace) -> Iterator[tuple[list[Row], PlainStep]]:
             turn = partial(systems.run, concurrency=concurrency, temperature=temperature, tokens=args.max_tokens)
             part = prompts[: max(concurrency * args.per_stream, args.fewest)]
             title = f"T={temperature:g} concurrency {concurrency}"
-            measured, failed = measure(names, turn, part, len(part), args.rounds, title)  # the first turn records graphs
+            measured, failed = measure(names, turn, part, concurrency, args.rounds, title)
             result += rows(measured, PLAIN, concurrency, temperature, ())  # in 16 bits texts may part at a tie
             result += [Row(name, concurrency, temperature, missing=why) for name, why in failed.items()]
             print(table(result[-len(names) :]), *filter(None, map(_per_token, result[-len(names) :])), sep="\n", flush=True)
