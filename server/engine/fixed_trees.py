@@ -10,7 +10,8 @@ from server.engine.ngram import Draft
 from server.engine.request import Request
 
 SHALLOW = 0.92  # of what deep trees accept, that shallow ones of as many nodes are taken to accept before they are compared
-COMPARING, OTHERS = 32, 3  # drafting steps of which two draft by another shape, one of the next best ones in turn
+COMPARING, OTHERS = 32, 3  # drafting steps of which two draft by another shape, one of the next best ones in turn,
+NEAR = 0.8  # which must be expected to make so much of the tokens per second
 _GUESSED, _MOST_SEEN = 32, 512  # drafts that the first guess of a factor is worth, and that count at most
 _LEAST_GAIN, _LEAST_FACTOR, _LARGEST_FACTOR = 0.5, 0.3, 3.0
 _NEWS = 0.1  # The weight of a step's seconds in what is known of its kind.
@@ -75,7 +76,8 @@ class FixedTreeRule(LoadRule):
     def _varied(self, best: TreeShape, gains: Mapping[TreeShape, float]) -> TreeShape:
         """The best shape, or now and then another one: for two steps, since the trees of the first were begun by the step before."""
         turn, step = divmod(self._drafting, COMPARING)
-        others = sorted(gains.keys() - {best}, key=gains.__getitem__, reverse=True)[:OTHERS]
+        near = [shape for shape, gain in gains.items() if shape != best and gain >= NEAR * gains[best]]
+        others = sorted(near, key=gains.__getitem__, reverse=True)[:OTHERS]
         return others[turn % len(others)] if others and step >= COMPARING - 2 else best
 
     def _tried(self, able: list[Request], batch: int, size: int) -> list[Request]:

@@ -104,13 +104,13 @@ class TestRule:
 
     def test_learns_of_which_trees_requests_accept_more(self) -> None:
         """The figures known beforehand speak for two nodes at this load."""
-        rule, requests, levels, nodes = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(32), 1, list[int]()
+        rule, requests, levels, nodes = FixedTreeRule(SHAPE, seconds(80.0), USUAL), self.requests(32), 1, list[int]()
         for _ in range(30 * COMPARING):
             plan = rule.choose(requests)
-            accepted = rule.usual(plan.shape.nodes) * (1.8 if (plan.shape.nodes, levels) == (4, 3) else 1.0)
+            accepted = rule.usual(plan.shape.nodes) * (1.5 if (plan.shape.nodes, levels) == (4, 3) else 1.0)
             plan.drafts = [(request, plan.shape.nodes - 1, accepted) for request in plan.drafting]
             plan.levels, levels = levels, plan.shape.depth
             rule.observe(plan, None)
             nodes.append(plan.shape.nodes)
         assert set(nodes[: COMPARING - 3]) == {2}
-        assert nodes[-4 * COMPARING :].count(4) == 4 * (COMPARING - 2)
+        assert nodes[-4 * COMPARING :].count(4) >= 4 * (COMPARING - 2)
