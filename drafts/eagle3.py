@@ -190,10 +190,7 @@ class Eagle3Head(nn.Module):
         ``keep``, int64 [B]: the only rows, of [M], whose states are wanted; ``attend`` and ``condition`` are of those alone.
         """
         config, eps = self.config, self.config.rms_norm_eps
-        normed = rms_norm(hidden, self.hidden_norm, eps)
-        x = torch.cat((rms_norm(embeddings, self.input_layernorm, eps), normed), dim=-1)
-        qkv = linear(self.qkv_proj, x).unflatten(-1, (-1, config.head_dim))
-        qk, v = qkv.tensor_split((config.num_attention_heads + config.num_key_value_heads,), dim=-2)
+        qk, v, normed = self.project(embeddings, hidden)
         residual = normed if config.norm_before_residual else hidden
         if keep is not None:
             residual = residual[keep]
@@ -204,6 +201,14 @@ class Eagle3Head(nn.Module):
         y, normed = add_rms_norm(residual, attended, self.post_attention_layernorm, eps)
         more = linear(self.down_proj, gated_linear(self.gate_up_proj, normed))
         return add_rms_norm(y, more, self.norm, eps)[1] if config.norm_output else y + more
+
+    def project(self, embeddings: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What rows have before attention: q and k [..., Hq + Hkv, D], v [..., Hkv, D], and ``hidden`` normed."""
+        config, eps = self.config, self.config.rms_norm_eps
+        normed = rms_norm(hidden, self.hidden_norm, eps)
+        x = torch.cat((rms_norm(embeddings, self.input_layernorm, eps), normed), dim=-1)
+        qkv = linear(self.qkv_proj, x).unflatten(-1, (-1, config.head_dim))
+        return *qkv.tensor_split((config.num_attention_heads + config.num_key_value_heads,), dim=-2), normed
 
     def output(self, y: Tensor) -> Tensor:
         """[..., H], as ``forward`` returns it -> what ``lm_head`` reads, [..., H]."""

@@ -110,6 +110,12 @@ class Drafter:
         angles, condition = self.head.angles(positions), self.head.condition(temperature)
         self.state[places] = self.head(self.head.embed(tokens), hidden, angles, attend, condition, last)
 
+    def write(self, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
+        """Of draft rows keys and values alone; arguments as ``extend`` has them."""
+        qk, v, _ = self.head.project(self.head.embed(tokens), self.head.combine(features.to(self.state.dtype)))
+        cos, sin = self.head.angles(positions)
+        rope_store(qk, v, cos, sin, slots, None, self.cache.k[0], self.cache.v[0])
+
     def grow(
         self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape, options: SamplingBatch,
         noise: Noise | None, sigma: Tensor, temperature: Tensor, limits: Tensor | None,

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from server.engine.request import Request
 from server.engine.types import Tree, Verdict
 
 logger = logging.getLogger(__name__)
-MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off
+MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off,
+MAX_PENDING_ROWS = 8  # and rows of them by graphs, where a step that drafts should not have to catch up first
 
 
 class Proposer:
@@ -77,15 +79,8 @@ class Proposer:
         host does not know them. Returns the requests' rows of the block tables, and ``ends``, int64 [B].
         """
         assert self.drafter is not None
-        positions, tokens, slots, last = list[int](), list[int](), list[int](), list[int]()
-        for request, end in zip(requests, ends, strict=True):
-            first = request.draft_len
-            positions += range(first, end)
-            own = request.token_ids[first + 1 : end + 1]
-            tokens += own + [0] * (end - first - len(own))
-            slots += self.pool.slots(request.row, first, end - first)
-            last.append(len(positions) - 1)
-        entries = on_device([positions, tokens, slots], self.device)
+        entries = self._entries(requests, ends)
+        last = [end - 1 for end in accumulate(end - request.draft_len for request, end in zip(requests, ends, strict=True))]
         rows, last_rows, lengths = on_device([[request.row for request in requests], last, ends], self.device)
         following = entries[1] if newest is None else entries[1].index_copy(0, last_rows, newest)
         self.drafter.extend(
@@ -93,6 +88,17 @@ class Proposer:
             self._temperature(requests), max(ends) - 1,
         )  # fmt: skip
         return rows, lengths
+
+    def _entries(self, requests: list[Request], ends: list[int]) -> Tensor:
+        """Positions, next tokens and physical slots of the rows between the draft caches and ``ends``, int64 [3, M]."""
+        positions, tokens, slots = list[int](), list[int](), list[int]()
+        for request, end in zip(requests, ends, strict=True):
+            first = request.draft_len
+            positions += range(first, end)
+            own = request.token_ids[first + 1 : end + 1]
+            tokens += own + [0] * (end - first - len(own))
+            slots += self.pool.slots(request.row, first, end - first)
+        return on_device([positions, tokens, slots], self.device)
 
     def begin(self, requests: list[Request]) -> None:
         """Let the device start on what ``propose`` needs first, while the host has work of its own. What fails, fails there again."""
@@ -134,9 +140,23 @@ class Proposer:
         """
         if self.drafter is None:
             return
+        if self.drafter.graphs is not None:
+            if any(request.num_pending > MAX_PENDING_ROWS for request in requests):
+                self._write_all_but_last([request for request in requests if request.num_pending > 1])
+            return
         most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
         if any(request.num_pending > most for request in requests):
             self.sync_draft([request for request in requests if request.num_pending > most // 2])
+
+    def _write_all_but_last(self, requests: list[Request]) -> None:
+        """Bring keys and values of the draft caches up to all pending rows but the last, from which drafting would start."""
+        assert self.drafter is not None
+        ends = [request.context_len - 1 for request in requests]
+        entries = self._entries(requests, ends)
+        features = [rows for request in requests for rows in _first(request.pending, request.num_pending - 1)]
+        self.drafter.write(torch.cat(features), entries[1], entries[0], entries[2])
+        for request, end in zip(requests, ends, strict=True):
+            request.draft_len, request.pending = end, [request.pending[-1][-1:].clone()]  # a slice would keep all that it is one of
 
     def look_up(self, requests: list[Request], nodes: int, price: float = 0.0) -> list[Draft] | None:
         """What the requests' own texts propose for trees of ``nodes`` nodes that are worth ``price`` each; None when nothing is to be

@@ -20,6 +20,7 @@ from server.engine.graphs import MAX_GRAPHS, Graphs, in_eighths, power_of_two
 from server.engine.kv_cache import PagedTensors
 from server.engine.lean import LeanDecoder
 from server.engine.prompts import PIECE
+from server.engine.proposer import MAX_PENDING_ROWS
 from server.engine.request import Request
 from server.engine.target import Rows, Target
 from server.engine.types import Grammar, SamplingParams, Tree
@@ -261,6 +262,37 @@ def test_drafting_ahead_drafts_what_drafting_later_would(
     assert [result.token_ids for result in results] == [result.token_ids for result in later]
     assert trees == others
     assert all(set(tokens[1:]) != {-1} for tokens, _ in trees.values()), "those that come have trees at once"
+
+
+def test_plain_steps_keep_the_draft_cache_true(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees after many plain steps are those of an engine whose features all wait for them, and few features wait meanwhile."""
+    requests = [(demo_prompts[i], SamplingParams(max_tokens=60 + i, seed=i, temperature=i % 2, ignore_eos=True)) for i in range(5)]
+
+    def drafted(bounded: bool) -> tuple[list[list[int]], list[Tree], int]:
+        engine = demo_engine(max_num_seqs=3, load_rule=False, ngrams=False)
+        full, trees, most, propose = engine.shape, list[Tree](), 0, engine.proposer.propose
+        monkeypatch.setattr(engine.proposer, "propose", lambda *arguments: trees.append(propose(*arguments)) or trees[-1])
+        if not bounded:
+            monkeypatch.setattr(engine.proposer, "bound_pending", lambda _: None)
+        running = Run(engine)
+        for i, request in enumerate(requests):
+            running.add(str(i), *request)
+        for step in itertools.count():
+            if not engine.has_work():
+                return [result.token_ids for result in running.results.values()], [tree for tree in trees if len(tree.tokens[0]) > 1], most
+            engine.shape = full if step % 30 > 24 else full.shrunk(1)
+            running.step()
+            if step % 30 < 24:
+                most = max([most, *(request.num_pending for request in engine.scheduler.decoding())])
+        raise AssertionError
+
+    (texts, trees, most), (others, expected, unbounded) = drafted(bounded=True), drafted(bounded=False)
+    assert texts == others
+    assert len(trees) == len(expected) > 6
+    assert all(torch.equal(*pair) for tree, other in zip(trees, expected, strict=True) for pair in zip(tree, other, strict=True))
+    assert most <= MAX_PENDING_ROWS < unbounded
 
 
 def test_where_drafting_ahead_fails_the_next_step_drafts(
