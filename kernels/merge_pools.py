@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels.jit import jit, tl, triton
 
 ENTRIES = 4096  # pairs of nodes that a program compares at a time
-OTHERS = 32  # nodes that a program holds at least, so that few kernels are compiled
+OTHERS = 64  # nodes that a program holds at least, so that few kernels are compiled
 
 
 def merge_pools_reference(

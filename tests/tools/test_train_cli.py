@@ -96,7 +96,7 @@ def test_evaluate_writes_the_figures(monkeypatch: pytest.MonkeyPatch, target: Pa
         "acceptance_length", "acceptance_length_per_prompt_mean", "acceptance_length_ci95", "acceptance_by_depth", "num_steps",
         "num_tokens", "tokens_per_second", "temperature", "tree",
     }  # fmt: skip
-    assert written["tree"] == {"nodes": 8, "depth": 3, "topk": 6, "draft_temperature": [[0.0, [0.5]]]}
+    assert written["tree"] == {"nodes": 8, "depth": 3, "topk": 4, "draft_temperature": [[0.0, [0.5]]]}
     assert len(written["acceptance_by_depth"]) == 3
     assert written["num_prompts"] == 3
 
