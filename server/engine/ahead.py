@@ -26,8 +26,7 @@ class Drafted(NamedTuple):
     def of(self, requests: list[Request]) -> Grown | None:
         """The same of ``requests``, nothing for those that are new; None where most are.
 
-        At times it was grown for another shape than the step's. It is never deeper than that one's trees can be: ``shrunk`` bounds the
-        depth by the nodes.
+        At times it was grown for another shape than the step's, and may be deeper than that one's trees.
         """
         index = _places(requests, self.requests)
         if index == list(range(len(self.requests))):

@@ -96,6 +96,7 @@ def measure_trees(run: Callable[[int, TreeShape], float], shapes: Sequence[TreeS
     start = time.perf_counter()
     for batch in tqdm(powers_of_two(max_batch), desc="timing trees", unit="batch size", leave=False):
         if time.perf_counter() - start > RECORDING_SECONDS:
+            logger.warning("timing trees took over %.0f s: %d and more requests will decode plainly", RECORDING_SECONDS, batch)
             seconds[batch] = {shape: 1.0 for shape in shapes if shape.nodes == 1}
             continue
         timed = [shape for shape in shapes if shape.nodes == 1 or shape.nodes * batch <= MAX_TREE_ROWS]

@@ -211,7 +211,8 @@ class Engine:
 
     def _bound_pending(self, stats: StepStats) -> None:
         try:
-            self.proposer.bound_pending(self.scheduler.decoding())
+            if self.proposer.cache:
+                self.proposer.cache.bound(self.scheduler.decoding())
         except torch.AcceleratorError:
             raise
         except Exception:  # it is tried again, and nothing but drafting needs it
@@ -221,9 +222,9 @@ class Engine:
     def _offer(self, request: Request, last: bool) -> None:
         """Let later requests take over the blocks that are full, in the draft's cache too: a request's last rows would stay pending."""
         rows = request.context_len
-        if self.proposer.drafter:
+        if self.proposer.cache:
             if self.prefix_cache.enabled and last:
-                self.proposer.complete_draft_blocks(request)
+                self.proposer.cache.complete_blocks(request)
             rows = request.draft_len
         self.prefix_cache.offer(request, rows)
 

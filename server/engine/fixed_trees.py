@@ -15,6 +15,7 @@ NEAR = 0.8  # which must be expected to make so much of the tokens per second
 _GUESSED, _MOST_SEEN = 32, 512  # drafts that the first guess of a factor is worth, and that count at most
 _LEAST_GAIN, _LEAST_FACTOR, _LARGEST_FACTOR = 0.5, 0.3, 3.0
 _NEWS = 0.1  # The weight of a step's seconds in what is known of its kind.
+_FORGETTING = 0.01  # A share of what is known of the other shapes beside it, per step: they may have been seen in a bad moment.
 _OUTLIER = 1.5  # They count no larger multiple of that: a graph may have been recorded meanwhile.
 
 
@@ -29,6 +30,7 @@ class FixedTreeRule(LoadRule):
 
     def __init__(self, shape: TreeShape, seconds: Mapping[int, Mapping[TreeShape, float]], acceptance: Mapping[int, float]) -> None:
         super().__init__(shape, {batch: cost_of_trees(of) for batch, of in seconds.items()}, acceptance)
+        self._first = {batch: dict(of) for batch, of in seconds.items()}
         self._steps = {batch: dict(of) for batch, of in seconds.items()}
         self._plain = shape.shrunk(1)
         self._shapes = {(of.nodes, of.depth): of for of in tree_shapes(shape)}
@@ -38,7 +40,7 @@ class FixedTreeRule(LoadRule):
         self._probes: defaultdict[int, tuple[int, int]] = defaultdict(lambda: (PROBE, 0))  # by batch size: as in ``LoadRule``
 
     def choose(self, requests: list[Request], guesses: list[Draft] | None = None) -> Plan:
-        """Of texts alone, what a grammar demands is verified at any load; it is looked up later."""
+        """Of texts alone, what a grammar demands is verified wherever trees were timed; it is looked up later."""
         batch, size = len(requests), self._measured(len(requests))
         able = [request for request in requests if request.max_draft_nodes > 0]
         gains = self._gains(able, batch, self._steps[size])
@@ -94,8 +96,11 @@ class FixedTreeRule(LoadRule):
             self._learn(plan)
         if seconds is None or not plan.batch or plan.copying or (plan.drafting and (plan.apart or plan.rows > plan.batch)):
             return  # or it says more of something else
-        steps, shape = self._steps[self._measured(plan.batch)], plan.shape if plan.drafts else self._plain
+        size, shape = self._measured(plan.batch), plan.shape if plan.drafts else self._plain
+        steps, first = self._steps[size], self._first[size]
         steps[shape] += (min(seconds, _OUTLIER * steps[shape]) - steps[shape]) * _NEWS
+        for other in steps.keys() - {shape}:  # what slowed the machine when they were seen is forgotten
+            steps[other] += (first[other] * steps[shape] / first[shape] - steps[other]) * _FORGETTING
 
     def _learn(self, plan: Plan) -> None:
         """From what was accepted of trees that were begun and verified by the same shape."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-MAX_GRAPHS = 256  # that are kept, the last used ones
+MAX_GRAPHS = 1024  # that are kept, the last used ones
 Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Records a function; returns what does it again, and the tensors that hold its results afterwards."""
 

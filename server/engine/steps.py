@@ -16,6 +16,7 @@ from server.engine.ahead import Drafted, Passed
 from server.engine.batch import placed
 from server.engine.budget import Plan
 from server.engine.config import EngineError
+from server.engine.costs import MAX_TREE_ROWS
 from server.engine.grammar import constrain
 from server.engine.graphs import Graphs
 from server.engine.host import fetch, on_device
@@ -135,7 +136,7 @@ class Steps:
         # As in ``_go_ahead``: logits that are still to be read would be overwritten.
         read = any(request.params.logprobs is not None for request in decoding)
         drafts = self.proposer.drafter is not None and self.graphs is not None and plan.drafting and not plan.apart and not is_plain(plan)
-        if first is None or features is None or not drafts or read:
+        if first is None or features is None or not drafts or read or len(first.places) * plan.shape.nodes > MAX_TREE_ROWS:
             return None
         return self.proposer.join(prompts, first.places, features, first.verdict.tokens[:, 0], plan.shape, first.options, first.noise)
 

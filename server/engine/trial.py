@@ -29,6 +29,7 @@ PROMPT_TOKENS, NEW_TOKENS = 112, 128  # of the requests, which share the prompt'
 LONG_CONTEXT = 1000  # tokens of contexts that plain steps are recorded for, beside those of the requests
 
 
+@torch.inference_mode()
 def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, config: EngineConfig) -> LoadRule:
     """The rule that decides how much a load may draft, from the cost of steps on this machine."""
     full, trial = engine.shape, _Trial(engine, head is not None)
@@ -36,7 +37,7 @@ def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, confi
     try:
         if not engine.steps.graphs:
             return LoadRule(full, _costs(trial, target, head, config), known, head is not None)
-        _record(engine.steps, config.max_num_seqs)
+        _record_graphs(engine.steps, config.max_num_seqs)
         seconds = measure_trees(trial.step, tree_shapes(full), config.max_num_seqs)
     finally:
         trial.end()
@@ -45,7 +46,7 @@ def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, confi
     return LoadRule(full, {batch: cost_of_trees(of) for batch, of in seconds.items()}, known, head=False)
 
 
-def _record(steps: Steps, max_seqs: int) -> None:
+def _record_graphs(steps: Steps, max_seqs: int) -> None:
     """Record the graphs of prompts, and those of plain decoding whose contexts are not short."""
     prompts = sorted({in_eighths(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
     blank = [_blank_prompts(steps.pool, count) for count in prompts]
@@ -101,8 +102,8 @@ class _Trial:
         engine.proposer.ngrams = FullDrafts() if by_text else None
         # A single request is greedy by graphs, so that kernels are compiled without noise as well.
         self._add(batch - engine.num_running - engine.num_waiting, greedy=by_graphs and batch == 1)
-        if not by_graphs:  # its cost is measured apart
-            engine.proposer.sync_draft(engine.scheduler.decoding())
+        if engine.proposer.cache and not by_graphs:  # its cost is measured apart
+            engine.proposer.cache.sync(engine.scheduler.decoding())
         return engine.step()[1].seconds
 
     def _add(self, count: int, greedy: bool) -> None:
@@ -117,7 +118,8 @@ class _Trial:
 
     def sync(self, batch: int, rows: int) -> float:
         """Seconds in which the draft caches of the requests catch up with ``rows`` rows each."""
-        return self.engine.proposer.sync_seconds(self.engine.scheduler.decoding(), rows)
+        cache = self.engine.proposer.cache
+        return cache.sync_seconds(self.engine.scheduler.decoding(), rows) if cache else 0.0
 
     def end(self) -> None:
         """Leave the engine as if nothing had run."""

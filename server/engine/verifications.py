@@ -75,7 +75,7 @@ class Verifications:
             self.proposer.begin(requests)
         shape = plan.shape if self.fixed else _allowed(requests, plan.shape)
         drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, shape.nodes, self._price(shape))
-        reach = max([shape.depth, *(draft.depth for draft in drafts or ())])
+        reach = max([shape.depth, ahead.grown.levels if ahead else 0, *(draft.depth for draft in drafts or ())])
         options, noise = self.sampling(requests, reach)
         tree = self.proposer.propose(requests, at, shape, options, noise, drafts, ahead)
         plan.levels = self.proposer.levels if self.proposer.drafter else 1

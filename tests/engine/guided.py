@@ -51,11 +51,12 @@ class Guide:
         self.proposer, self.futures, self.rng = engine.proposer, futures, random.Random(0)
         self.vocabulary = vocabulary or range(engine.vocab_size)
         self.scattered = 0  # drafted true paths whose node indices are not 0, 1, 2, ...
-        assert engine.proposer.drafter is not None
+        assert engine.proposer.cache is not None
+        self.cache = engine.proposer.cache
         engine.proposer.propose = self.propose  # type: ignore[method-assign]
 
     def propose(self, requests: list[Request], at: Placed, shape: TreeShape, *_: object) -> Tree:
-        self.proposer.sync_draft(requests)
+        self.cache.sync(requests)
         tokens, parents = [], []
         for request in requests:
             assert request.context_len == len(request.token_ids) - 1

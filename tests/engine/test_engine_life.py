@@ -436,7 +436,7 @@ def test_with_the_load_rule_the_text_stays_the_same(model: PreTrainedModel, expe
 def test_features_that_wait_for_the_draft_stay_bounded(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Speculation off for long, then on: the draft cache was kept true, so drafts are what they would have been anyway."""
     row_bytes = 3 * 32 * 4
-    monkeypatch.setattr("server.engine.proposer.MAX_PENDING_BYTES", 10 * row_bytes)
+    monkeypatch.setattr("server.engine.draft_cache.MAX_PENDING_BYTES", 10 * row_bytes)
     engine = build(model, random_head(model), tree_nodes=12)
     plain = engine.shape.shrunk(1)
     monkeypatch.setattr(engine, "_plan", lambda requests: Plan(plain, requests))
@@ -447,7 +447,7 @@ def test_features_that_wait_for_the_draft_stay_bounded(model: PreTrainedModel, m
         going.step()
         [request] = engine.scheduler.running
         assert sum(map(len, request.pending)) <= max(10, 1)
-    engine.proposer.sync_draft(engine.scheduler.running)
+    engine.proposer.cache.sync(engine.scheduler.running)
     states.append(engine.proposer.drafter.state[1 + request.row].clone())
     tokens = list(request.token_ids)
     fresh = build(model, random_head(model), tree_nodes=12)

@@ -114,3 +114,21 @@ class TestRule:
             nodes.append(plan.shape.nodes)
         assert set(nodes[: COMPARING - 3]) == {2}
         assert nodes[-4 * COMPARING :].count(4) >= 4 * (COMPARING - 2)
+
+    @pytest.mark.parametrize("slow", [1.0, 2.0], ids=["plain steps", "trees"])
+    def test_a_bad_moment_is_forgotten(self, slow: float) -> None:
+        """Of one kind of step alone, which then is right or wrong for ever."""
+        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(32)
+        share = 0.1 if slow == 1.0 else 1.0  # of what is usual: drafting pays or not
+        drafting = []
+        for step in range(1500):
+            plan = rule.choose(requests)
+            is_bad = 100 <= step < 140 and bool(plan.drafting) == (slow == 2.0)
+            usual = rule.usual(plan.shape.nodes) * share
+            plan.drafts, plan.levels = [(request, plan.shape.nodes - 1, usual) for request in plan.drafting], plan.shape.depth
+            true = rule._first[32][plan.shape if plan.drafting else SHAPE.shrunk(1)]
+            rule.observe(plan, true * (2.0 if is_bad else 1.0))
+            drafting.append(bool(plan.drafting) and not plan.apart)
+        before, after = sum(drafting[50:100]), sum(drafting[-50:])
+        assert (before, after) == ((0, 0) if slow == 1.0 else (50, 50))
+        assert sum(drafting[140:]) != before * len(drafting[140:]) / 50, "for a while it was wrong"

@@ -13,6 +13,7 @@ from server.engine import engine as engine_module
 from server.engine.ahead import Drafted, Passed
 from server.engine.calibration import LearnedSigma
 from server.engine.costs import StepCost
+from server.engine.draft_cache import MAX_PENDING_ROWS
 from server.engine.drafter import Grown
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.fixed_trees import FixedTreeRule
@@ -20,7 +21,6 @@ from server.engine.graphs import MAX_GRAPHS, Graphs, in_eighths, power_of_two
 from server.engine.kv_cache import PagedTensors
 from server.engine.lean import LeanDecoder
 from server.engine.prompts import PIECE
-from server.engine.proposer import MAX_PENDING_ROWS
 from server.engine.request import Request
 from server.engine.target import Rows, Target
 from server.engine.types import Grammar, SamplingParams, Tree
@@ -48,6 +48,7 @@ class Recorded:
         self._results: list[list[Tensor]] = []
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        assert not torch.is_grad_enabled(), "kernels without gradients would not be recorded"
         self.count += 1
         results = function()
         own = list(tensors(results))
@@ -78,6 +79,7 @@ def recorded(recorded_prompts: Recorded, monkeypatch: pytest.MonkeyPatch) -> Rec
     return counting
 
 
+@torch.inference_mode()
 def test_batches_are_filled_up_with_zeros() -> None:
     seen: list[Tensor] = []
 
@@ -103,6 +105,7 @@ def test_batches_are_filled_up_with_zeros() -> None:
     assert len(graphs._kept) == 5
 
 
+@torch.inference_mode()
 def test_what_cannot_be_recorded_runs_all_the_same() -> None:
     def fails(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         raise RuntimeError("out of memory")
@@ -112,6 +115,7 @@ def test_what_cannot_be_recorded_runs_all_the_same() -> None:
         assert graphs.run(torch.neg, torch.arange(3)).tolist() == [0, -1, -2]
 
 
+@torch.inference_mode()
 def test_a_bounded_number_is_kept() -> None:
     def function(x: Tensor, number: int) -> Tensor:
         return x + number
@@ -275,7 +279,7 @@ def test_plain_steps_keep_the_draft_cache_true(
         full, trees, most, propose = engine.shape, list[Tree](), 0, engine.proposer.propose
         monkeypatch.setattr(engine.proposer, "propose", lambda *arguments: trees.append(propose(*arguments)) or trees[-1])
         if not bounded:
-            monkeypatch.setattr(engine.proposer, "bound_pending", lambda _: None)
+            monkeypatch.setattr(engine.proposer.cache, "bound", lambda _: None)
         running = Run(engine)
         for i, request in enumerate(requests):
             running.add(str(i), *request)
@@ -441,18 +445,21 @@ def test_what_may_not_draft_teaches_nothing(recorded: Recorded) -> None:
 
 def test_what_most_loads_need_is_recorded_at_start(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
     """Whatever the rule chooses, greedy and sampled, for three to five requests at a time, with copied texts and without."""
-    engine = demo_engine(max_num_seqs=6, load_rule=True, tree_nodes=8, tree_depth=4)
+    engine = demo_engine(max_num_seqs=6, load_rule=True, tree_nodes=8, tree_depth=6)
     at_start = recorded.count
     rng, rule = random.Random(0), engine.load_rule
     assert isinstance(rule, FixedTreeRule)
-    for batch, steps in rule._steps.items():  # so close that the rule changes its mind
-        rule._steps[batch] = {shape: 1.0 + 0.02 * shape.nodes for shape in steps}
     running = Run(engine)
     for i, prompt in enumerate(demo_prompts[:40]):
+        for batch, steps in rule._steps.items():  # so close that the rule changes its mind, and about levels now and then
+            level = 0.03 * (i // 4 % 2)
+            rule._steps[batch] = {shape: 1.0 + 0.02 * shape.nodes + level * shape.depth for shape in steps}
         running.add(str(i), prompt, SamplingParams(max_tokens=rng.randrange(5, 40), temperature=i % 2, seed=i, ignore_eos=True))
         for _ in range(3):
             running.step()
     running.finish()
     assert {stats.tree_nodes for stats in running.stats} >= {1, 8}
+    assert {stats.draft_levels for stats in running.stats} >= {3, 6}
+    assert sum(stats.failed_steps for stats in running.stats) == 0, "trees may be deeper than those of the step's shape"
     assert max(stats.num_running for stats in running.stats) > 3
     assert recorded.count == at_start
