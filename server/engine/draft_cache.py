@@ -15,7 +15,7 @@ from server.engine.request import Request
 
 logger = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off,
-MAX_PENDING_ROWS = 8  # and rows of them by graphs, where a step that drafts should not have to catch up first
+MAX_PENDING_ROWS = 2  # and rows of them by graphs, where a step that drafts should not have to catch up first, nor one to wait long
 
 
 class DraftCache:

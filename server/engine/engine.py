@@ -154,7 +154,7 @@ class Engine:
         run = partial(self.steps.run, width=width, plan=plan, stats=stats)
         outputs = self._guarded(run, prefilling + decoding, stats)
         if self.load_rule:
-            self.load_rule.observe(plan, None if stats.prompt_tokens else time.monotonic() - start)
+            self.load_rule.observe(plan, self.load_rule.without_prompts(time.monotonic() - start, stats.prompt_entries))
         self._bound_pending(stats)
         if not self.has_work():
             self.steps.ahead = None
