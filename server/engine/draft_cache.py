@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kernels.tree_layout import physical_slots
 from server.engine.drafter import Drafter
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
@@ -15,7 +16,7 @@ from server.engine.request import Request
 
 logger = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off,
-MAX_PENDING_ROWS = 2  # and rows of them by graphs, where a step that drafts should not have to catch up first, nor one to wait long
+PENDING_ROWS = 4  # and rows of them beside the last by graphs, where a step that drafts should not have to catch up first
 
 
 class DraftCache:
@@ -86,25 +87,47 @@ class DraftCache:
         many as may wait goes along, so that it is seldom. By graphs few wait, and keys and values follow closely.
         """
         if self.drafter.graphs is not None:
-            if any(request.num_pending > MAX_PENDING_ROWS for request in requests):
-                self._write_all_but_last([request for request in requests if request.num_pending > 1])
+            self._write_next([request for request in requests if request.num_pending == PENDING_ROWS + 1])
+            self._write_all_but_last([request for request in requests if request.num_pending > PENDING_ROWS + 1])
             return
         most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
         if any(request.num_pending > most for request in requests):
             self.sync([request for request in requests if request.num_pending > most // 2])
 
+    def _write_next(self, requests: list[Request]) -> None:
+        """``_write_all_but_last`` where that are PENDING_ROWS of every request, as in plain steps: while the device is busy anyway."""
+        if not requests:
+            return
+        features = torch.cat([rows for request in requests for rows in _first(request.pending, PENDING_ROWS)])
+        first = [request.draft_len for request in requests]
+        tokens = [request.token_ids[request.draft_len + 1 :][:PENDING_ROWS] for request in requests]
+        rows, firsts = on_device([[request.row for request in requests], first], self.device)
+        positions = firsts[:, None] + torch.arange(PENDING_ROWS, device=self.device)
+        slots = physical_slots(self.pool.tables[rows], positions, self.pool.block_size)
+        self.drafter.write(features, on_device(tokens, self.device).flatten(), positions.flatten(), slots.flatten())
+        for request in requests:
+            _keep_last(request)
+
     def _write_all_but_last(self, requests: list[Request]) -> None:
         """Bring keys and values of the draft caches up to all pending rows but the last, from which drafting would start."""
+        if not requests:
+            return
         ends = [request.context_len - 1 for request in requests]
         entries = self._entries(requests, ends)
         features = [rows for request in requests for rows in _first(request.pending, request.num_pending - 1)]
         self.drafter.write(torch.cat(features), entries[1], entries[0], entries[2])
-        for request, end in zip(requests, ends, strict=True):
-            request.draft_len, request.pending = end, [request.pending[-1][-1:].clone()]  # a slice would keep all that it is one of
+        for request in requests:
+            _keep_last(request)
 
     def temperature(self, requests: list[Request]) -> Tensor:
         """What the head is told, float32 [B]: 0 for greedy requests, 1 from temperature 1 on."""
         return on_device(list(map(told_temperature, requests)), self.device, torch.float32)
+
+
+def _keep_last(request: Request) -> None:
+    last = request.pending[-1][-1:]
+    request.pending[:] = [last.clone() if len(request.pending[-1]) > 1 else last]  # a slice would keep all rows that it is one of
+    request.draft_len = request.context_len - 1
 
 
 def _first(pieces: list[Tensor], count: int) -> Iterator[Tensor]:

@@ -13,7 +13,7 @@ from server.engine import engine as engine_module
 from server.engine.ahead import Drafted, Passed
 from server.engine.calibration import LearnedSigma
 from server.engine.costs import StepCost
-from server.engine.draft_cache import MAX_PENDING_ROWS
+from server.engine.draft_cache import PENDING_ROWS
 from server.engine.drafter import Grown
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.fixed_trees import FixedTreeRule
@@ -296,7 +296,7 @@ def test_plain_steps_keep_the_draft_cache_true(
     assert texts == others
     assert len(trees) == len(expected) > 6
     assert all(torch.equal(*pair) for tree, other in zip(trees, expected, strict=True) for pair in zip(tree, other, strict=True))
-    assert most <= MAX_PENDING_ROWS < unbounded
+    assert most <= PENDING_ROWS + 1 < unbounded
 
 
 def test_where_drafting_ahead_fails_the_next_step_drafts(
