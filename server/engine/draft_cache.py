@@ -98,7 +98,7 @@ class DraftCache:
         """``_write_all_but_last`` where that are PENDING_ROWS of every request, as in plain steps: while the device is busy anyway."""
         if not requests:
             return
-        features = torch.cat([rows for request in requests for rows in _first(request.pending, PENDING_ROWS)])
+        features = torch.cat([rows for request in requests for rows in _all_but_last(request)])
         first = [request.draft_len for request in requests]
         tokens = [request.token_ids[request.draft_len + 1 :][:PENDING_ROWS] for request in requests]
         rows, firsts = on_device([[request.row for request in requests], first], self.device)
@@ -114,7 +114,7 @@ class DraftCache:
             return
         ends = [request.context_len - 1 for request in requests]
         entries = self._entries(requests, ends)
-        features = [rows for request in requests for rows in _first(request.pending, request.num_pending - 1)]
+        features = [rows for request in requests for rows in _all_but_last(request)]
         self.drafter.write(torch.cat(features), entries[1], entries[0], entries[2])
         for request in requests:
             _keep_last(request)
@@ -124,9 +124,16 @@ class DraftCache:
         return on_device(list(map(told_temperature, requests)), self.device, torch.float32)
 
 
+def _all_but_last(request: Request) -> list[Tensor]:
+    """Pieces of the pending rows before the last."""
+    if len(request.pending) == request.num_pending:  # each is a row
+        return request.pending[:-1]
+    return list(_first(request.pending, request.num_pending - 1))
+
+
 def _keep_last(request: Request) -> None:
-    last = request.pending[-1][-1:]
-    request.pending[:] = [last.clone() if len(request.pending[-1]) > 1 else last]  # a slice would keep all rows that it is one of
+    last = request.pending[-1]
+    request.pending[:] = [last[-1:].clone() if len(last) > 1 else last]  # a slice would keep all rows that it is one of
     request.draft_len = request.context_len - 1
 
 

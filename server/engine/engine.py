@@ -69,6 +69,7 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
         self.load_rule: LoadRule | None = None
+        self._observed: float | None = None  # when the last step was, which this one follows at once
         ruled = drafts and config.load_rule and self.shape.nodes > 1
         if ruled or (graphs and not drafts):  # plain decoding has graphs to record, too
             rule = trial.choose_rule(self, target, head, config)
@@ -153,11 +154,15 @@ class Engine:
         plan = self._plan(decoding)
         run = partial(self.steps.run, width=width, plan=plan, stats=stats)
         outputs = self._guarded(run, prefilling + decoding, stats)
+        now = time.monotonic()
         if self.load_rule:
-            self.load_rule.observe(plan, self.load_rule.without_prompts(time.monotonic() - start, stats.prompt_entries))
+            # A device that goes on by itself is at work on a step from the end of the last one.
+            begun = start if self._observed is None or not self.steps.graphs else self._observed
+            self.load_rule.observe(plan, self.load_rule.without_prompts(now - begun, stats.prompt_entries))
+        self._observed = now
         self._bound_pending(stats)
         if not self.has_work():
-            self.steps.ahead = None
+            self.steps.ahead = self._observed = None
         stats.failed_drafts, self.proposer.failed = stats.failed_drafts + self.proposer.failed, 0
         stats.drafting, stats.expected_gain = len(plan.drafting) + len(plan.copying), plan.gain
         stats.seconds = time.monotonic() - start

@@ -68,9 +68,10 @@ class FixedTreeRule(LoadRule):
 
     def _gains(self, able: list[Request], batch: int, steps: Mapping[TreeShape, float]) -> dict[TreeShape, float]:
         """Of every shape of tree, the tokens per second of the batch over those of plain decoding."""
-        worth: defaultdict[int, float] = defaultdict(float)
+        shared = {request.warmth: self._shared_worth(request) for request in {request.warmth: request for request in able}.values()}
+        worth = dict.fromkeys(shared, 0.0)
         for request in able:
-            worth[request.warmth] += self._worth_of(request)
+            worth[request.warmth] += shared[request.warmth] if request.worth is None else request.worth
 
         def gain(shape: TreeShape) -> float:
             accepted = self.usual(shape.nodes) * sum(total * self._factor(warmth, shape) for warmth, total in worth.items())

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from tokenizers import Tokenizer
@@ -100,7 +101,7 @@ class Request:
             return 0
         return MAX_NODES if self.params.max_draft_nodes is None else self.params.max_draft_nodes
 
-    @property
+    @cached_property
     def warmth(self) -> int:
         """A class of requests whose guesses come true equally often: 0 near greedy decoding, WARMEST near temperature 1 and above."""
         return 0 if self.params.greedy else round(WARMEST * min(self.params.temperature, 1.0))
