@@ -200,10 +200,6 @@ class LoadRule:
         self._interval, self._since_probe = min(2 * self._interval, MAX_PROBE), 0
         return [min(idle, key=lambda request: request.num_pending)]
 
-    def without_prompts(self, seconds: float, entries: int) -> float | None:
-        """What ``observe`` is told of a step that took so long and computed prompts with ``entries`` entries of its batch."""
-        return None if entries else seconds
-
     def observe(self, plan: Plan, seconds: float | None) -> None:
         """Learn from a step; ``seconds`` None where it had other work as well."""
         size = self._measured(plan.batch)

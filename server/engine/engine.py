@@ -69,7 +69,7 @@ class Engine:
         self._seeds = random.Random(config.seed)
         self._requests: dict[str, Request] = {}
         self.load_rule: LoadRule | None = None
-        self._observed: float | None = None  # when the last step was, which this one follows at once
+        self._observed: float | None = None  # when the last step was, if this one follows at once and it had no prompts
         ruled = drafts and config.load_rule and self.shape.nodes > 1
         if ruled or (graphs and not drafts):  # plain decoding has graphs to record, too
             rule = trial.choose_rule(self, target, head, config)
@@ -156,10 +156,10 @@ class Engine:
         outputs = self._guarded(run, prefilling + decoding, stats)
         now = time.monotonic()
         if self.load_rule:
-            # A device that goes on by itself is at work on a step from the end of the last one.
-            begun = start if self._observed is None or not self.steps.graphs else self._observed
-            self.load_rule.observe(plan, self.load_rule.without_prompts(now - begun, stats.prompt_entries))
-        self._observed = now
+            # A device that goes on by itself is at work on a step from the end of the last one, if that had no prompts.
+            begun = self._observed if self.steps.graphs else start
+            self.load_rule.observe(plan, None if stats.prompt_tokens or begun is None else now - begun)
+        self._observed = None if stats.prompt_tokens else now
         self._bound_pending(stats)
         if not self.has_work():
             self.steps.ahead = self._observed = None

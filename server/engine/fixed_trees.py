@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from server.engine.budget import MAX_PROBE, PROBE, START_GAIN, STOP_GAIN, TRYING, LoadRule, Plan
 from server.engine.costs import cost_of_trees, tree_shapes
 from server.engine.drafter import TreeShape
-from server.engine.graphs import in_eighths
 from server.engine.ngram import Draft
 from server.engine.request import Request
 
@@ -17,7 +16,7 @@ _GUESSED, _MOST_SEEN = 32, 512  # drafts that the first guess of a factor is wor
 _LEAST_GAIN, _LEAST_FACTOR, _LARGEST_FACTOR = 0.5, 0.3, 3.0
 _NEWS = 0.1  # The weight of a step's seconds in what is known of its kind.
 _FORGETTING = 0.01  # A share of what is known of the other shapes beside it, per step: they may have been seen in a bad moment.
-_OUTLIER = 1.5  # They count no larger multiple of that, and no smaller one: a graph may have been recorded, prompts have waited.
+_OUTLIER = 1.5  # They count no larger multiple of that: a graph may have been recorded meanwhile.
 
 
 class FixedTreeRule(LoadRule):
@@ -25,19 +24,12 @@ class FixedTreeRule(LoadRule):
     the requests accept beside what is usual, which is learned as by ``LoadRule``. A class of requests may accept more of some shape than
     that says, or less: a factor, which is learned by drafting by another shape now and then.
 
-    seconds: of a step, by batch size and shape, that of one node being plain decoding and alone where no tree can pay; prompts: seconds
-    that they take in a step, by number of pieces; acceptance: as in ``LoadRule``.
+    seconds: of a step, by batch size and shape, that of one node being plain decoding and alone where no tree can pay; acceptance: as in
+    ``LoadRule``.
     """
 
-    def __init__(
-        self,
-        shape: TreeShape,
-        seconds: Mapping[int, Mapping[TreeShape, float]],
-        prompts: Mapping[int, float],
-        acceptance: Mapping[int, float],
-    ) -> None:
+    def __init__(self, shape: TreeShape, seconds: Mapping[int, Mapping[TreeShape, float]], acceptance: Mapping[int, float]) -> None:
         super().__init__(shape, {batch: cost_of_trees(of) for batch, of in seconds.items()}, acceptance)
-        self._prompts = prompts
         self._first = {batch: dict(of) for batch, of in seconds.items()}
         self._steps = {batch: dict(of) for batch, of in seconds.items()}
         self._plain = shape.shrunk(1)
@@ -100,11 +92,6 @@ class FixedTreeRule(LoadRule):
         self._probes[size] = min(2 * interval, MAX_PROBE), 0
         return sorted(able, key=lambda request: request.num_pending)[:TRYING]
 
-    def without_prompts(self, seconds: float, entries: int) -> float | None:
-        """What it takes when requests come and go is part of what a kind of step costs: where many draft, few come at a time."""
-        prompts = self._prompts[in_eighths(entries)] if entries else 0.0
-        return seconds - prompts if prompts < seconds / 2 else None
-
     def observe(self, plan: Plan, seconds: float | None) -> None:
         if plan.drafts:
             self._learn(plan)
@@ -112,7 +99,7 @@ class FixedTreeRule(LoadRule):
             return  # or it says more of something else
         size, shape = self._measured(plan.batch), plan.shape if plan.drafts else self._plain
         steps, first = self._steps[size], self._first[size]
-        steps[shape] += (min(max(seconds, steps[shape] / _OUTLIER), _OUTLIER * steps[shape]) - steps[shape]) * _NEWS
+        steps[shape] += (min(seconds, _OUTLIER * steps[shape]) - steps[shape]) * _NEWS
         for other in steps.keys() - {shape}:  # what slowed the machine when they were seen is forgotten
             steps[other] += (first[other] * steps[shape] / first[shape] - steps[other]) * _FORGETTING
 

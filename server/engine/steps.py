@@ -110,7 +110,6 @@ class Steps:
         if prompts:
             extend(prompts, *results[0], joined.requests if joined else [])
             stats.prompt_tokens += sum(map(len, prompts.chunks))
-            stats.prompt_entries += len(prompts.rows.tokens)
         if first:
             outputs += self._commit(first.requests, first.verdict, told[0], told[1], first.logits, stats)
         self.ahead = joined.beside(ahead) if joined else ahead

@@ -1,6 +1,5 @@
 """What an engine tries before it serves: whole steps of requests made for it. They record graphs, and tell what steps cost."""
 
-import time
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,35 +37,23 @@ def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, confi
     try:
         if not engine.steps.graphs:
             return LoadRule(full, _costs(trial, target, head, config), known, head is not None)
-        prompts = _record_graphs(engine.steps, config.max_num_seqs)
+        _record_graphs(engine.steps, config.max_num_seqs)
         seconds = measure_trees(trial.step, tree_shapes(full), config.max_num_seqs)
     finally:
         trial.end()
     if head:
-        return FixedTreeRule(full, seconds, prompts, known)
+        return FixedTreeRule(full, seconds, known)
     return LoadRule(full, {batch: cost_of_trees(of) for batch, of in seconds.items()}, known, head=False)
 
 
-def _record_graphs(steps: Steps, max_seqs: int) -> dict[int, float]:
-    """Record the graphs of plain decoding whose contexts are not short, and of prompts; returns the seconds of these, by entries."""
-    roots = [_blank_roots(steps.pool, batch, LONG_CONTEXT) for batch in powers_of_two(max_seqs)]
-    sizes = sorted({in_eighths(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
-    seconds = []
-    for rows in tqdm(roots + [_blank_prompts(steps.pool, count) for count in sizes], desc="recording graphs", unit="graph", leave=False):
-        _pass_seconds(steps, rows, 1)
-        once, more = _pass_seconds(steps, rows, 1), _pass_seconds(steps, rows, 3)
-        seconds.append(max(0.0, more - once) / 2)
+def _record_graphs(steps: Steps, max_seqs: int) -> None:
+    """Record the graphs of prompts, and those of plain decoding whose contexts are not short."""
+    prompts = sorted({in_eighths(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
+    blank = [_blank_prompts(steps.pool, count) for count in prompts]
+    blank += [_blank_roots(steps.pool, batch, LONG_CONTEXT) for batch in powers_of_two(max_seqs)]
+    for rows in tqdm(blank, desc="recording graphs", unit="graph", leave=False):
+        steps.target.forward_parts([rows], steps.cache)
     steps.cache.clear([PADDING_BLOCK])
-    return dict(zip(sizes, seconds[len(roots) :], strict=True))
-
-
-def _pass_seconds(steps: Steps, rows: Rows, times: int) -> float:
-    """Of so many forward passes in a row, from a device that waits to one that waits again."""
-    start = time.perf_counter()
-    for _ in range(times):
-        [(logits, _)] = steps.target.forward_parts([rows], steps.cache)
-    logits[0, 0].item()
-    return time.perf_counter() - start
 
 
 def _blank_prompts(pool: BlockPool, entries: int) -> Rows:

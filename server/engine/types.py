@@ -144,14 +144,13 @@ class StepStats:
     ``drafts``: one (draft nodes, accepted nodes) pair per request that verified a tree. ``drafting``: requests that could
     draft; ``expected_gain``: speed over plain decoding that the load rule hoped for; ``draft_levels`` and ``tree_nodes``: of
     the largest tree, 0 levels where no head drafted, 1 node where the step decoded plainly. ``emitted``: tokens that each
-    decoding request gained in this step. ``prompt_entries``: of the batch that computed prompts.
+    decoding request gained in this step.
     ``prefix_cache_queries`` and ``prefix_cache_hits``: prompt tokens looked up, and found, when requests began to run.
     ``failed_steps``: forward passes that raised, repetitions included; ``failed_drafts``: those that raised or were NaN.
     """
 
     seconds: float = 0.0
     prompt_tokens: int = 0
-    prompt_entries: int = 0
     generation_tokens: int = 0
     prefix_cache_queries: int = 0
     prefix_cache_hits: int = 0

@@ -11,7 +11,6 @@ from server.engine.types import SamplingParams
 from tests.engine.engines import build, tiny_model
 
 SHAPE = TreeShape(16, 5, 6)
-PROMPTS = {1: 1.0, 2: 1.2, 8: 4.0}
 USUAL = {1: 1.0, 2: 1.8, 4: 2.6, 8: 3.2, 16: 3.6}
 
 
@@ -48,14 +47,14 @@ class TestRule:
 
     @pytest.mark.parametrize(("batch", "nodes"), [(1, 16), (8, 8), (32, 2)])
     def test_trees_shrink_with_the_batch(self, batch: int, nodes: int) -> None:
-        plan = FixedTreeRule(SHAPE, seconds(64.0), PROMPTS, USUAL).choose(self.requests(batch))
+        plan = FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(self.requests(batch))
         assert plan.shape.nodes == nodes
         assert len(plan.drafting) == batch
         assert plan.shape.level_price == plan.shape.node_price == 0
         assert plan.gain > 1.1
 
     def test_nobody_drafts_where_it_cannot_pay(self) -> None:
-        rule = FixedTreeRule(SHAPE, seconds(8.0), PROMPTS, USUAL)
+        rule = FixedTreeRule(SHAPE, seconds(8.0), USUAL)
         requests = self.requests(32)
         plans = [rule.choose(requests) for _ in range(200)]
         tried = [i for i, plan in enumerate(plans) if plan.drafting]
@@ -64,7 +63,7 @@ class TestRule:
         assert all(plans[i].apart for i in tried)
 
     def test_learns_what_requests_accept(self) -> None:
-        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), PROMPTS, USUAL), self.requests(4)
+        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(4)
         steps = 0
         while (plan := rule.choose(requests)).drafting and steps < 20:
             steps += 1
@@ -74,7 +73,7 @@ class TestRule:
         assert 2 < steps < 20
 
     def test_learns_what_steps_take(self) -> None:
-        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), PROMPTS, USUAL), self.requests(4)
+        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(4)
         for _ in range(60):
             plan = rule.choose(requests)
             plan.drafts = [(request, plan.shape.nodes - 1, 2) for request in plan.drafting]
@@ -84,15 +83,15 @@ class TestRule:
 
     def test_requests_that_may_not_draft_do_not(self) -> None:
         requests = self.requests(3) + self.requests(1, max_draft_nodes=0)
-        plan = FixedTreeRule(SHAPE, seconds(64.0), PROMPTS, USUAL).choose(requests)
+        plan = FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(requests)
         assert plan.drafting == requests[:3]
-        assert not FixedTreeRule(SHAPE, seconds(64.0), PROMPTS, USUAL).choose(requests[3:]).drafting
+        assert not FixedTreeRule(SHAPE, seconds(64.0), USUAL).choose(requests[3:]).drafting
 
     @pytest.mark.parametrize("share", [0.6, 1.0], ids=["deep trees accept more", "they do not"])
     @pytest.mark.parametrize("batch", [4, 32])
     def test_learns_whether_levels_pay(self, batch: int, share: float) -> None:
         """Trees are as deep as the step before began them; five levels take a fifth more of a step than three."""
-        rule, requests, depths, levels = FixedTreeRule(SHAPE, seconds(512.0, level=0.12), PROMPTS, USUAL), self.requests(batch), [], 5
+        rule, requests, depths, levels = FixedTreeRule(SHAPE, seconds(512.0, level=0.12), USUAL), self.requests(batch), [], 5
         for _ in range(40 * COMPARING):
             plan = rule.choose(requests)
             accepted = rule.usual(plan.shape.nodes) * (share if levels == 3 else 1.0)
@@ -105,7 +104,7 @@ class TestRule:
 
     def test_learns_of_which_trees_requests_accept_more(self) -> None:
         """The figures known beforehand speak for two nodes at this load."""
-        rule, requests, levels, nodes = FixedTreeRule(SHAPE, seconds(80.0), PROMPTS, USUAL), self.requests(32), 1, list[int]()
+        rule, requests, levels, nodes = FixedTreeRule(SHAPE, seconds(80.0), USUAL), self.requests(32), 1, list[int]()
         for _ in range(30 * COMPARING):
             plan = rule.choose(requests)
             accepted = rule.usual(plan.shape.nodes) * (1.5 if (plan.shape.nodes, levels) == (4, 3) else 1.0)
@@ -119,7 +118,7 @@ class TestRule:
     @pytest.mark.parametrize("slow", [1.0, 2.0], ids=["plain steps", "trees"])
     def test_a_bad_moment_is_forgotten(self, slow: float) -> None:
         """Of one kind of step alone, which then is right or wrong for ever."""
-        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), PROMPTS, USUAL), self.requests(32)
+        rule, requests = FixedTreeRule(SHAPE, seconds(64.0), USUAL), self.requests(32)
         share = 0.1 if slow == 1.0 else 1.0  # of what is usual: drafting pays or not
         drafting = []
         for step in range(1500):
@@ -133,9 +132,3 @@ class TestRule:
         before, after = sum(drafting[50:100]), sum(drafting[-50:])
         assert (before, after) == ((0, 0) if slow == 1.0 else (50, 50))
         assert sum(drafting[140:]) != before * len(drafting[140:]) / 50, "for a while it was wrong"
-
-    def test_prompts_are_no_part_of_what_steps_take(self) -> None:
-        rule = FixedTreeRule(SHAPE, seconds(64.0), PROMPTS, USUAL)
-        assert rule.without_prompts(3.0, 0) == 3.0
-        assert rule.without_prompts(3.0, 2) == pytest.approx(1.8)
-        assert rule.without_prompts(7.9, 8) is None, "they take most of it"
