@@ -1,4 +1,4 @@
-"""The draft side of a step: what is proposed to verification, by the head and by n-grams, and the head's cache kept true."""
+"""The draft side of a step: what is proposed to verification, by the head and by n-grams."""
 
 import logging
 import math
