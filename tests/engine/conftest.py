@@ -8,9 +8,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from drafts.eagle3 import Eagle3Head
+from server.engine import engine as engine_module
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
+from server.engine.graphs import Graphs, in_eighths, power_of_two
 from tests.engine.prompts import PROMPTS
+from tests.engine.recorder import Recorded
 
 NEW = 64
 
@@ -49,3 +52,17 @@ def demo_engine(demo: Path) -> Callable[..., Engine]:
         return Engine(first.steps.target, own, first.tokenizer, EngineConfig(**{**paths, **config}))
 
     return make
+
+
+@pytest.fixture
+def recorded_prompts() -> Recorded:
+    return Recorded()
+
+
+@pytest.fixture
+def recorded(recorded_prompts: Recorded, monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """Engines made in a test use graphs; those of trees are counted here."""
+    counting = Recorded()
+    both = Graphs(counting, power_of_two), Graphs(recorded_prompts, in_eighths)
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: both)
+    return counting

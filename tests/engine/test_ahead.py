@@ -1,0 +1,203 @@
+"""What is begun of the next step, and kept true for a later one, where steps are replayed as graphs."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.engine import engine as engine_module
+from server.engine.ahead import Drafted, Passed
+from server.engine.draft_cache import PENDING_ROWS
+from server.engine.drafter import Grown
+from server.engine.engine import Engine
+from server.engine.kv_cache import PagedTensors
+from server.engine.request import Request
+from server.engine.target import Rows, Target
+from server.engine.types import SamplingParams, Tree
+from tests.engine.engines import Result, Run, run
+from tests.engine.recorder import KINDS, Recorded
+
+MakeEngine = Callable[..., Engine]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafting_ahead_drafts_what_drafting_later_would(
+    temperature: float, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests come and end at different times."""
+    requests = [
+        (demo_prompts[i], SamplingParams(max_tokens=20 + 7 * i, seed=i, temperature=temperature, ignore_eos=True)) for i in range(5)
+    ]
+
+    def drafted(ahead: bool) -> tuple[list[Result], dict[tuple[str, int], tuple]]:
+        engine = demo_engine(max_num_seqs=3, load_rule=False, ngrams=False)
+        propose, trees = engine.proposer.propose, {}
+
+        def record(batch: list[Request], *arguments: Any) -> Tree:
+            tree = propose(batch, *arguments)
+            for request, tokens, parents in zip(batch, tree.tokens.tolist(), tree.parent.tolist(), strict=True):
+                trees[request.request_id, len(request.token_ids)] = tokens, parents
+            return tree
+
+        monkeypatch.setattr(engine.proposer, "propose", record)
+        if not ahead:
+            monkeypatch.setattr(engine.steps, "_go_ahead", lambda *_: None)
+            monkeypatch.setattr(engine.steps, "_join", lambda *_: None)
+        return run(engine, requests), trees
+
+    (results, trees), (later, others) = drafted(ahead=True), drafted(ahead=False)
+    assert [result.token_ids for result in results] == [result.token_ids for result in later]
+    assert trees == others
+    assert all(set(tokens[1:]) != {-1} for tokens, _ in trees.values()), "those that come have trees at once"
+
+
+def test_plain_steps_keep_the_draft_cache_true(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees after many plain steps are those of an engine whose features all wait for them, and few features wait meanwhile."""
+    requests = [(demo_prompts[i], SamplingParams(max_tokens=60 + i, seed=i, temperature=i % 2, ignore_eos=True)) for i in range(5)]
+
+    def drafted(bounded: bool) -> tuple[list[list[int]], list[Tree], int]:
+        engine = demo_engine(max_num_seqs=3, load_rule=False, ngrams=False)
+        full, trees, most, propose = engine.shape, list[Tree](), 0, engine.proposer.propose
+        monkeypatch.setattr(engine.proposer, "propose", lambda *arguments: trees.append(propose(*arguments)) or trees[-1])
+        if not bounded:
+            monkeypatch.setattr(engine.proposer.cache, "bound", lambda _: None)
+        running = Run(engine)
+        for i, request in enumerate(requests):
+            running.add(str(i), *request)
+        for step in itertools.count():
+            if not engine.has_work():
+                return [result.token_ids for result in running.results.values()], [tree for tree in trees if len(tree.tokens[0]) > 1], most
+            engine.shape = full if step % 30 > 24 else full.shrunk(1)
+            running.step()
+            if step % 30 < 24:
+                most = max([most, *(request.num_pending for request in engine.scheduler.decoding())])
+        raise AssertionError
+
+    (texts, trees, most), (others, expected, unbounded) = drafted(bounded=True), drafted(bounded=False)
+    assert texts == others
+    assert len(trees) == len(expected) > 6
+    assert all(torch.equal(*pair) for tree, other in zip(trees, expected, strict=True) for pair in zip(tree, other, strict=True))
+    assert most <= PENDING_ROWS + 1 < unbounded
+
+
+def test_where_drafting_ahead_fails_the_next_step_drafts(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [(prompt, SamplingParams(max_tokens=30, temperature=0)) for prompt in demo_prompts[:3]]
+    good = run(demo_engine(max_num_seqs=3, load_rule=False), requests)
+    engine, attempts = demo_engine(max_num_seqs=3, load_rule=False), itertools.count()
+    go_on = engine.proposer.drafter.go_on
+
+    def fails(*arguments: Any) -> Grown:
+        if next(attempts) % 2:
+            raise RuntimeError("no memory")
+        return go_on(*arguments)
+
+    monkeypatch.setattr(engine.proposer.drafter, "go_on", fails)
+    running = Run(engine)
+    for i, request in enumerate(requests):
+        running.add(str(i), *request)
+    results = list(running.finish().values())
+    assert [result.token_ids for result in results] == [result.token_ids for result in good]
+    assert [r.speculation.num_accepted_tokens for r in results] == [r.speculation.num_accepted_tokens for r in good]
+    assert sum(stats.failed_drafts for stats in running.stats) == next(attempts) // 2 > 2
+
+
+def test_where_joining_those_that_draft_fails_it_is_done_later(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [(demo_prompts[i], SamplingParams(max_tokens=12 + 5 * i, temperature=i % 2, seed=i, ignore_eos=True)) for i in range(6)]
+    good = run(demo_engine(max_num_seqs=2, load_rule=False), requests)
+    engine, attempts, joining = demo_engine(max_num_seqs=2, load_rule=False), itertools.count(), list[bool]()
+    join, extend = engine.proposer.join, engine.proposer.drafter.extend
+
+    def observed(*arguments: Any) -> Drafted | None:
+        joining.append(True)
+        try:
+            return join(*arguments)
+        finally:
+            joining.clear()
+
+    def fails(*arguments: Any) -> None:
+        if joining and next(attempts) % 2:
+            raise RuntimeError("no memory")
+        extend(*arguments)
+
+    monkeypatch.setattr(engine.proposer, "join", observed)
+    monkeypatch.setattr(engine.proposer.drafter, "extend", fails)
+    running = Run(engine)
+    for i, request in enumerate(requests):
+        running.add(str(i), *request)
+    results = list(running.finish().values())
+    assert [result.token_ids for result in results] == [result.token_ids for result in good]
+    assert sum(stats.failed_drafts for stats in running.stats) == next(attempts) // 2 >= 2
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_passes_are_made_ahead_of_plain_steps(
+    head: bool, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of every kind come and end at different times, two are aborted, and a pass fails now and then."""
+    requests = [
+        (demo_prompts[i], SamplingParams(**{"max_tokens": 9 + 5 * (i % 7), "seed": i, **KINDS[i % len(KINDS)], "max_draft_nodes": 0}))
+        for i in range(3 * len(KINDS))
+        if "logprobs" not in KINDS[i % len(KINDS)] or i < len(KINDS)
+    ]
+    used, passes = [], itertools.count()
+    of, forward_parts = Passed.of, Target.forward_parts
+
+    def spied(passed: Passed, others: list[Request]) -> Passed | None:
+        found = of(passed, others)
+        used.append((len(others), len(passed.requests), 0 if found is None else len(found.requests)))
+        return found
+
+    def fails(target: Target, parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
+        if next(passes) % 20 == 19:
+            raise RuntimeError("no memory")
+        return forward_parts(target, parts, cache)
+
+    monkeypatch.setattr(Passed, "of", spied)
+    engine = demo_engine(head=head, max_num_seqs=4, load_rule=False)
+    monkeypatch.setattr(Target, "forward_parts", fails)
+    running = Run(engine)
+    for name in ("aborted", "aborted too"):
+        running.add(name, demo_prompts[0], SamplingParams(max_tokens=120, temperature=0))
+    for i, request in enumerate(requests):
+        running.add(str(i), *request)
+    for step in range(30):
+        running.step()
+        if step in (10, 17):
+            engine.abort("aborted" if step == 10 else "aborted too")
+    results = running.finish()
+    monkeypatch.setattr(engine_module, "_graphs", lambda target, config: (None, None))
+    monkeypatch.setattr(Target, "forward_parts", forward_parts)
+    plain = run(demo_engine(head=False, max_num_seqs=4), requests)
+    assert [results[str(i)].token_ids for i in range(len(requests))] == [result.token_ids for result in plain]
+    assert sum(wanted == held == found for wanted, held, found in used) > 20, "the whole batch goes on"
+    assert any(found < held for _, held, found in used), "some have ended"
+    assert any(found < wanted for wanted, _, found in used), "some are new"
+    assert len(used) < next(passes), "and the others were made in their turn"
+
+
+def test_a_pass_made_ahead_is_for_one_place(demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded) -> None:
+    """As after a step that failed at the end, and is done again."""
+    engine = demo_engine(head=False, max_num_seqs=2)
+    for i in range(2):
+        engine.add_request(str(i), demo_prompts[i], SamplingParams(max_tokens=20, temperature=0, ignore_eos=True))
+    for _ in range(3):
+        engine.step()
+    ahead = engine.steps.ahead
+    assert isinstance(ahead, Passed)
+    first, second = ahead.requests
+    assert ahead.of([first, second]) is ahead
+    first.context_len -= 1
+    found = ahead.of([first, second])
+    assert found is not None
+    assert found.requests == [second]
+    assert torch.equal(found.logits, ahead.logits[1:])
+    assert ahead.of([first]) is None
