@@ -166,9 +166,10 @@ class Steps:
             begun.learn()
         # Whose draft caches have been brought up to what is committed now.
         extended = [isinstance(ahead, Drafted) and request.num_pending == 0 for request in batch.requests]
-        for i, request in enumerate(batch.requests):
-            if kept is not None and not extended[i]:
-                request.pending.append(kept[i, : accepted[i] + 1])
+        is_row = batch.tree.tokens.shape[1] == 1
+        for i, rows in enumerate(kept.unbind(0) if kept is not None else ()):
+            if not extended[i]:
+                batch.requests[i].pending.append(rows if is_row else rows[: accepted[i] + 1])
         outputs = self._commit(batch.requests, begun.verdict, tokens, whole, begun.logits, stats)
         for request, is_extended in zip(batch.requests, extended, strict=True):
             if is_extended:
