@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kernels.jit import jit, tl, triton
 
-ENTRIES = 4096  # pairs of nodes that a program compares at a time
-OTHERS = 64  # nodes that a program holds at least, so that few kernels are compiled
+ENTRIES = 1024  # pairs of nodes that a program compares at a time
+OTHERS = 16  # nodes that a program holds at least, so that few kernels are compiled
 
 
 def merge_pools_reference(

@@ -8,7 +8,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from kernels.tree_layout import physical_slots
 from server.engine.drafter import Drafter
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
@@ -16,7 +15,7 @@ from server.engine.request import Request
 
 logger = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off,
-PENDING_ROWS = 4  # and rows of them beside the last by graphs, where a step that drafts should not have to catch up first
+PENDING_ROWS = 4  # and rows of them by graphs, where a step that drafts should not have to catch up first
 
 
 class DraftCache:
@@ -87,26 +86,11 @@ class DraftCache:
         many as may wait goes along, so that it is seldom. By graphs few wait, and keys and values follow closely.
         """
         if self.drafter.graphs is not None:
-            self._write_next([request for request in requests if request.num_pending == PENDING_ROWS + 1])
-            self._write_all_but_last([request for request in requests if request.num_pending > PENDING_ROWS + 1])
+            self._write_all_but_last([request for request in requests if request.num_pending > PENDING_ROWS])
             return
         most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
         if any(request.num_pending > most for request in requests):
             self.sync([request for request in requests if request.num_pending > most // 2])
-
-    def _write_next(self, requests: list[Request]) -> None:
-        """``_write_all_but_last`` where that are PENDING_ROWS of every request, as in plain steps: while the device is busy anyway."""
-        if not requests:
-            return
-        features = torch.cat([rows for request in requests for rows in _all_but_last(request)])
-        first = [request.draft_len for request in requests]
-        tokens = [request.token_ids[request.draft_len + 1 :][:PENDING_ROWS] for request in requests]
-        rows, firsts = on_device([[request.row for request in requests], first], self.device)
-        positions = firsts[:, None] + torch.arange(PENDING_ROWS, device=self.device)
-        slots = physical_slots(self.pool.tables[rows], positions, self.pool.block_size)
-        self.drafter.write(features, on_device(tokens, self.device).flatten(), positions.flatten(), slots.flatten())
-        for request in requests:
-            _keep_last(request)
 
     def _write_all_but_last(self, requests: list[Request]) -> None:
         """Bring keys and values of the draft caches up to all pending rows but the last, from which drafting would start."""

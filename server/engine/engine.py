@@ -138,7 +138,7 @@ class Engine:
         if request is None:
             return
         if not self._requests:
-            self.steps.ahead = None
+            self.steps.ahead = self._observed = None
         if request in self.scheduler.running and request.prefilling:
             self._clear(request)  # nobody has looked at its logits yet
         self.scheduler.remove(request)

@@ -256,6 +256,21 @@ def test_sizes_that_change_every_step(model: PreTrainedModel, expected: list[lis
         assert [result.token_ids for result in run(engine, REQUESTS)] == expected
 
 
+def test_what_is_proposed_names_its_own_parents() -> None:
+    draft = Draft()
+    unlikely = draft.add(0, 5, -3.0, (0, 2, 0))
+    draft.add(unlikely, 6, -4.0, (0, 3, 0))
+    likely = draft.add(0, 7, -1.0, (0, 2, 1))
+    draft.add(likely, 8, -2.0, (0, 3, 0))
+    draft.keep(2)
+    candidates = Candidates.of([draft, Draft()], width=3)
+    assert candidates is not None
+    assert candidates.pool.tokens.tolist() == [[7, 8, -1], [-1, -1, -1]]
+    assert candidates.pool.parents.tolist() == [[0, 1, 0], [0, 0, 0]]
+    assert candidates.pool.scores.tolist() == [[-1.0, -2.0, -math.inf], [-math.inf] * 3]
+    assert Candidates.of([Draft(), Draft()], width=3) is None
+
+
 def test_a_failure_to_learn_loses_no_token(model: PreTrainedModel, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(model, draft=NGRAM, tree_nodes=16)
 

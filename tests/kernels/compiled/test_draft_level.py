@@ -33,7 +33,7 @@ def test_best_nodes_compiles(capability: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-@pytest.mark.parametrize("more", [15, 63])
+@pytest.mark.parametrize("more", [15, 31, 63])
 def test_merge_pools_compiles(more: int, capability: int, tmp_path: Path) -> None:
     drafted, others = torch.zeros(BATCH, TOPK + 7 * TOPK**2, dtype=torch.long), torch.zeros(BATCH, more, dtype=torch.long)
     arguments = (drafted.float(), drafted, drafted, others.float(), others, others, 8)
