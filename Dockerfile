@@ -25,6 +25,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     HOME=/home/vsd
 # Every cache, downloaded models among them, lies under the home directory.
 RUN useradd --uid 1001 --create-home vsd
+# Kernels are compiled where they run: by Triton for a GPU, by kernels/cpu.py for the processor.
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv
 USER 1001
 WORKDIR /home/vsd

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.jit import jit, tl, triton
 
 
@@ -13,6 +14,8 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up of gate and up side by side; [..., 2 * I] -> [..., I]. Has no gradient where gradients are off."""
     if gate_up.is_cuda and gate_up.is_contiguous() and not torch.is_grad_enabled():
         return gated_silu_triton(gate_up)
+    if cpu.serves(gate_up):
+        return gated_silu_cpu(gate_up)
     return gated_silu_reference(gate_up)
 
 
@@ -20,6 +23,14 @@ def gated_silu_reference(gate_up: Tensor) -> Tensor:
     """``gated_silu`` in plain PyTorch."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def gated_silu_cpu(gate_up: Tensor) -> Tensor:
+    """``gated_silu`` in one call."""
+    gate_up, size = gate_up.contiguous(), gate_up.shape[-1] // 2
+    out = gate_up.new_empty(*gate_up.shape[:-1], size)
+    cpu.launch("gated_silu", out.dtype, gate_up, out.numel() // size, size, out)
+    return out
 
 
 def gated_silu_triton(gate_up: Tensor) -> Tensor:

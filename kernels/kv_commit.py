@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kernels import cpu
 from kernels.jit import jit, tl, triton
 from kernels.tree_layout import physical_slots
 
@@ -14,7 +15,8 @@ def kv_commit(k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_le
     k_cache, v_cache: [layers, blocks, block, Hkv, D], contiguous, changed in place; block_tables int64 [B, M]; context_lens int64 [B];
     path: int64 [B, D + 1], increasing, -1 padded. All rows are read before any is written, since the two sets overlap.
     """
-    (kv_commit_triton if k_cache.is_cuda else kv_commit_reference)(k_cache, v_cache, block_tables, context_lens, path)
+    run = kv_commit_triton if k_cache.is_cuda else kv_commit_cpu if cpu.serves(k_cache) else kv_commit_reference
+    run(k_cache, v_cache, block_tables, context_lens, path)
 
 
 def kv_commit_reference(k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, path: Tensor) -> None:
@@ -28,6 +30,15 @@ def kv_commit_reference(k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, 
     for cache in (k_cache, v_cache):
         rows = cache.view(cache.shape[0], -1, cache.shape[3] * cache.shape[4])
         rows[:, target.flatten()] = rows[:, source.flatten()]
+
+
+def kv_commit_cpu(k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, path: Tensor) -> None:
+    """``kv_commit`` in one call."""
+    layers, blocks, block_size, kv_heads, size = k_cache.shape
+    cpu.launch(
+        "kv_commit", k_cache.dtype, k_cache, v_cache, layers, blocks * block_size, kv_heads * size, block_tables, block_tables.stride(0),
+        block_tables.shape[1], context_lens.contiguous(), path.contiguous(), *path.shape, block_size,
+    )  # fmt: skip
 
 
 def kv_commit_triton(k_cache: Tensor, v_cache: Tensor, block_tables: Tensor, context_lens: Tensor, path: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.jit import jit, tl, triton
 
 _MASK = 0xFFFFFFFF
@@ -118,13 +119,21 @@ def gumbel_noise_triton(seeds: Tensor, positions: Tensor, vocab_size: int) -> Te
     return out
 
 
+def gumbel_noise_cpu(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """``gumbel_noise`` in one call."""
+    out = torch.empty(len(seeds), vocab_size)
+    cpu.launch("gumbel_noise", torch.float32, seeds.contiguous(), positions.contiguous(), len(seeds), vocab_size, out)
+    return out
+
+
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """Standard Gumbel noise, float32 [R, vocab_size], for the tokens at ``positions`` of requests with ``seeds`` (int64 [R] each).
 
     Every device and kernel derives it from the same bits: v = (bits + 1/2) / 2^32, g = -log(-log(1 - v)). Small v, which give
     the large g that win, keep float32's relative precision. Devices differ by the last bits of their logarithms.
     """
-    return (gumbel_noise_triton if seeds.is_cuda else gumbel_noise_reference)(seeds, positions, vocab_size)
+    run = gumbel_noise_triton if seeds.is_cuda else gumbel_noise_cpu if cpu.library() else gumbel_noise_reference
+    return run(seeds, positions, vocab_size)
 
 
 class NoiseKey(NamedTuple):

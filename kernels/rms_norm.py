@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.jit import jit, tl, triton
 
 
@@ -15,6 +16,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension; x [..., H], weight [H]. Has no gradient where gradients are off."""
     if x.is_cuda and x.is_contiguous() and not torch.is_grad_enabled():
         return rms_norm_triton(x, None, weight, eps)[1]
+    if cpu.serves(x) and weight.dtype == x.dtype:
+        return rms_norm_cpu(x, None, weight, eps)[1]
     return rms_norm_reference(x, weight, eps)
 
 
@@ -22,6 +25,8 @@ def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[
     """x + delta, and ``rms_norm`` of it; x, delta [..., H]. Has no gradients where gradients are off."""
     if x.is_cuda and x.is_contiguous() and not torch.is_grad_enabled():
         return rms_norm_triton(x, delta, weight, eps)
+    if cpu.serves(x) and weight.dtype == delta.dtype == x.dtype:
+        return rms_norm_cpu(x, delta, weight, eps)
     total = x + delta
     return total, rms_norm_reference(total, weight, eps)
 
@@ -39,6 +44,14 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _constant(value: float) -> Tensor:
     """Operations on Python numbers make such a tensor every time."""
     return torch.tensor(value)
+
+
+def rms_norm_cpu(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``add_rms_norm`` in one call; ``delta`` None adds nothing."""
+    x, delta = x.contiguous(), None if delta is None else delta.contiguous()
+    total, out, size = x if delta is None else torch.empty_like(x), torch.empty_like(x), x.shape[-1]
+    cpu.launch("add_rms_norm", x.dtype, x, delta, weight, eps, x.numel() // size, size, total, out)
+    return total, out
 
 
 def rms_norm_triton(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

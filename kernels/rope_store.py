@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.jit import jit, tl, triton
 
 HEADS_PER_PROGRAM = 8
@@ -30,7 +31,7 @@ def rope_store(
     qk [T, Hq + Hkv, D] and v [T, Hkv, D], whose heads lie one after the other; cos, sin [T, 1, D], the sines of the first half of a
     head negative (the caller makes them so): rotation is x * cos + (x2, x1) * sin over the halves x1 and x2 of a head.
     """
-    run = rope_store_triton if qk.is_cuda else rope_store_reference
+    run = rope_store_triton if qk.is_cuda else rope_store_cpu if cpu.serves(qk) else rope_store_reference
     return run(qk, v, cos, sin, slots, live, k_cache, v_cache)
 
 
@@ -42,6 +43,20 @@ def rope_store_reference(
     heads = qk.shape[1] - v.shape[1]
     store_kv(k_cache, v_cache, slots, qk[:, heads:], v, live)
     return qk[:, :heads]
+
+
+def rope_store_cpu(
+    qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, live: Tensor | None, k_cache: Tensor, v_cache: Tensor
+) -> Tensor:
+    """``rope_store`` in one call."""
+    rows, kv_heads, size = v.shape
+    heads = qk.shape[1] - kv_heads
+    q = qk.new_empty(rows, heads, size)
+    cpu.launch(
+        "rope_store", qk.dtype, qk, qk.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(), slots.contiguous(),
+        None if live is None else live.contiguous(), rows, heads, kv_heads, size, k_cache, v_cache, q,
+    )  # fmt: skip
+    return q
 
 
 def rope_store_triton(

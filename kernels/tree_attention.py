@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels import cpu
 from kernels.jit import compute_capability, jit, tl, triton
 from kernels.tree_layout import TreeLayout
 
+FEW_ROWS = 32  # of a request, for which a CPU reads K and V where they lie; with more, copies for the library's matrix products pay
+LARGEST_HEAD = 256
 LOG2_E = 1.4426950408889634
 COMBINED = 2  # outputs whose splits one program adds up
 PROGRAMS = 264  # of one request with a long context: two for every multiprocessor of a large GPU, or one with a tile of 128 rows
@@ -25,10 +28,17 @@ def tree_attention(
 
     q: [B, N, Hq, D]; k_cache, v_cache: [blocks, block, Hkv, D], contiguous, Hq a multiple of Hkv. softcap: scores become
     softcap * tanh(score / softcap). sinks: float32 [Hq], one more logit in every softmax, without a value. Returns [B, N, Hq, D] in
-    q's dtype. What rows that are not ``live`` get is finite and otherwise undefined.
+    q's dtype. What rows that are not ``live`` get is finite and otherwise undefined. Where q is that of the live rows alone, [R, Hq, D],
+    so is the result.
     """
+    few = layout.depth.shape[1] <= FEW_ROWS and q.shape[-1] <= LARGEST_HEAD and softcap is None and sinks is None
+    if few and cpu.serves(q):
+        return tree_attention_cpu(q, k_cache, v_cache, layout, scale, sliding_window)
     attend = tree_attention_triton if q.is_cuda else tree_attention_reference
-    return attend(q, k_cache, v_cache, layout, scale, sliding_window, softcap, sinks)
+    if q.dim() == 4:
+        return attend(q, k_cache, v_cache, layout, scale, sliding_window, softcap, sinks)
+    out = attend(_padded(q, layout), k_cache, v_cache, layout, scale, sliding_window, softcap, sinks)
+    return out.flatten(0, 1).index_select(0, layout.live_rows)
 
 
 def tree_attention_reference(
@@ -62,6 +72,37 @@ def _visible_rows(cache: Tensor, layout: TreeLayout) -> Tensor:
     blocks = layout.block_tables[:, : layout.num_blocks].flatten()
     # Whole blocks as flat rows: the copy is one memcpy per block.
     return cache.flatten(1).index_select(0, blocks).view(len(layout.block_tables), -1, *cache.shape[2:])
+
+
+def tree_attention_cpu(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, layout: TreeLayout, scale: float, sliding_window: int | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``tree_attention`` where K and V lie, for head sizes up to LARGEST_HEAD and without ``softcap`` and ``sinks``."""
+    assert softcap is sinks is None
+    if q.dim() == 4 and layout.live is not None:
+        own = tree_attention_cpu(q.flatten(0, 1)[layout.live_rows], k_cache, v_cache, layout, scale, sliding_window)
+        return _padded(own, layout)
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    out, (heads, size) = q.new_empty(q.shape), q.shape[-2:]
+    tables, depth, ancestors = layout.block_tables, layout.depth, layout.ancestors
+    depth = depth if depth.stride(1) == 1 else depth.contiguous()
+    ancestors = None if ancestors is None else ancestors.contiguous()
+    words = 0 if ancestors is None else ancestors.numel() // depth.numel()
+    live = (None, None, None) if layout.live is None else (*layout.live_counts, layout.live_rows)
+    cpu.launch(
+        "tree_attention", q.dtype, q, q.stride(0), *q.stride()[-3:-1], k_cache, v_cache, tables, layout.context_lens.contiguous(), depth,
+        ancestors, *live, tables.stride(0), tables.shape[1], depth.stride(0), words, *depth.shape, layout.block_size, layout.first_column,
+        sliding_window or 0, heads, k_cache.shape[2], size, scale, out,
+    )  # fmt: skip
+    return out
+
+
+def _padded(rows: Tensor, layout: TreeLayout) -> Tensor:
+    """The live rows [R, Hq, D] among zeros [B, N, Hq, D]."""
+    padded = rows.new_zeros(layout.depth.numel(), *rows.shape[1:]).index_copy_(0, layout.live_rows, rows)
+    return padded.unflatten(0, layout.depth.shape)
 
 
 class Tiles(NamedTuple):

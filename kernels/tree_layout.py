@@ -55,6 +55,19 @@ class TreeLayout:
         return first if others == list(range(first + 1, first + self.num_blocks)) else None
 
     @cached_property
+    def live_rows(self) -> Tensor:
+        """The live ones of the flat B * N rows, int64 [R]."""
+        assert self.live is not None
+        return self.live.flatten().nonzero()[:, 0]
+
+    @cached_property
+    def live_counts(self) -> tuple[Tensor, Tensor]:
+        """Of each request's live rows the first among ``live_rows``, and how many they are, int64 [B] each."""
+        assert self.live is not None
+        counts = self.live.sum(1)
+        return counts.cumsum(0) - counts, counts
+
+    @cached_property
     def columns(self) -> Tensor:
         """Columns of the first ``num_blocks`` blocks, counted from the end of each context, int64 [B, L]: negative ones are committed."""
         columns = torch.arange(self.num_blocks * self.block_size, device=self.depth.device)

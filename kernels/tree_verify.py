@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.filter_cuts import filter_cuts_triton
 from kernels.jit import jit, tl, triton
 from kernels.noise import Noise, gumbel_tile
@@ -221,6 +222,35 @@ def tree_verify_triton(
     return path, accepted, committed, healthy
 
 
+def tree_verify_cpu(
+    logits: Tensor,
+    options: SamplingBatch,
+    noise: Noise | None,
+    tokens: Tensor,
+    parent: Tensor,
+    depth: Tensor,
+    ancestors: Tensor,
+    max_depth: int,
+    places: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``tree_verify`` in one call, for options of ``has_kernel`` and up to 64 nodes."""
+    batch, nodes = tokens.shape
+    logits, vocab = logits.contiguous(), logits.shape[-1]
+    path, committed = (torch.empty(batch, max_depth + 1, dtype=torch.long) for _ in range(2))
+    accepted, healthy = torch.empty(batch, dtype=torch.long), torch.empty(batch, dtype=torch.bool)
+    cpu.launch(
+        "tree_verify", logits.dtype, logits, places, logits.numel() // vocab, vocab, options.temperature,
+        None if noise is None else noise.values, 0 if noise is None else noise.depths,
+        *(part.contiguous() for part in (tokens, parent, depth, ancestors)), batch, nodes, max_depth, path, accepted, committed, healthy,
+    )  # fmt: skip
+    return path, accepted, committed, healthy
+
+
+def has_kernel(options: SamplingBatch) -> bool:
+    """Whether ``tree_verify_cpu`` knows these options: temperature alone."""
+    return all(part is None for part in options[1:])
+
+
 def tree_verify(
     logits: Tensor,
     options: SamplingBatch,
@@ -230,11 +260,17 @@ def tree_verify(
     depth: Tensor,
     ancestors: Tensor,
     max_depth: int,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``select_tokens`` and ``accept`` in one, arguments as there; logits float32, bfloat16 or float16.
 
+    ``places`` int64 [K], on a CPU: logits [K, V] are those of these nodes of the flat batch, and the others are dead.
     Returns path, number of accepted nodes, committed tokens, and which requests' logits are free of NaN, bool [B]; the verdict of
     the others means nothing.
     """
-    verify = tree_verify_triton if logits.is_cuda else tree_verify_reference
-    return verify(logits, options, noise, tokens, parent, depth, ancestors, max_depth)
+    arguments = options, noise, tokens, parent, depth, ancestors, max_depth
+    if not logits.is_cuda and has_kernel(options) and cpu.serves(logits):
+        return tree_verify_cpu(logits, *arguments, places)
+    if places is not None:
+        logits = logits.new_zeros(tokens.numel(), logits.shape[1]).index_copy_(0, places, logits).unflatten(0, tokens.shape)
+    return (tree_verify_triton if logits.is_cuda else tree_verify_reference)(logits, *arguments)

@@ -25,6 +25,7 @@ RECORDING_SECONDS = 120.0  # within so much time,
 MAX_TREE_ROWS = 1024  # and for so many nodes of a batch, which on an H200 took as long as four plain steps (8 billion parameters)
 FEW_LEVELS = 4  # of trees that have no shallow ones beside them
 KEPT_SECONDS = 7 * 24 * 3600.0  # that a machine is taken to stay the same
+MANY_ROWS, FEWEST_NODES = 64, 4  # of a batch, and of a tree, by which what nodes cost is measured: more are seldom worth it
 MEASURED_ROWS = 9  # by which the draft cache is behind, beside 1, when its cost is measured
 
 
@@ -58,15 +59,15 @@ def measure_costs(
     """Time steps at batch sizes 1, 2, 4, ...; ``run(batch, shape)`` does one with the draft cache up to date, and returns its seconds;
     ``sync(batch, rows)`` brings it up to date after so many rows of every request.
 
-    Five kinds of step tell the parts of the cost: plain, one level with one drafted node, all levels with one, all levels with all
-    nodes, no level with all; and two numbers of rows. They take turns, so that another program's burst of work hits them all, and
+    Five kinds of step tell the parts of the cost: plain, one level with one drafted node, all levels with one, all levels with many
+    nodes, no level with as many; and two numbers of rows. They take turns, so that another program's burst of work hits them all, and
     the best of a few turns counts. Once MEASURING_SECONDS are spent, larger batches are taken to decode plainly.
     """
-    slim = shape._replace(nodes=2)
-    kinds = (shape.shrunk(1), slim._replace(depth=1), slim, shape, shape._replace(depth=0))
     costs: dict[int, StepCost] = {}
     spent = 0.0
     for batch in tqdm(powers_of_two(max_batch), desc="measuring step costs", unit="batch size", leave=False):
+        slim, many = shape._replace(nodes=2), shape._replace(nodes=min(shape.nodes, max(FEWEST_NODES, MANY_ROWS // batch)))
+        kinds = (shape.shrunk(1), slim._replace(depth=1), slim, many, many._replace(depth=0))
         best, until = [math.inf] * (len(kinds) + 2), spent + TURN_SECONDS
         if spent > MEASURING_SECONDS:
             costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=1e9)
@@ -76,7 +77,7 @@ def measure_costs(
             best, spent = list(map(min, best, turn)), spent + sum(turn)
             if spent > until:
                 break
-        costs[batch] = _parts(best, shape, batch)
+        costs[batch] = _parts(best, shape.depth, many.nodes, batch)
     return costs
 
 
@@ -113,13 +114,13 @@ def cost_of_trees(seconds: Mapping[TreeShape, float]) -> StepCost:
     return StepCost(deep[1], base, 0.0, node, text=max(0.0, base + node - deep[1]))
 
 
-def _parts(seconds: list[float], shape: TreeShape, batch: int) -> StepCost:
-    """The cost's parts from what ``measure_costs`` timed."""
+def _parts(seconds: list[float], depth: int, nodes: int, batch: int) -> StepCost:
+    """The cost's parts from what ``measure_costs`` timed with trees of ``depth`` levels and so many ``nodes``."""
     plain, one_level, all_levels, all_nodes, text, row, rows = seconds
-    node = max(0.0, all_nodes - all_levels) / max(1, shape.nodes - 2)
-    level = max(0.0, all_levels - one_level) / max(1, shape.depth - 1)
+    node = max(0.0, all_nodes - all_levels) / max(1, nodes - 2)
+    level = max(0.0, all_levels - one_level) / max(1, depth - 1)
     late = max(0.0, rows - row) / (MEASURED_ROWS - 1) / batch
-    return StepCost(plain, one_level + row - 2 * node, level, node, late, max(0.0, text - plain - node * (shape.nodes - 1)))
+    return StepCost(plain, one_level + row - 2 * node, level, node, late, max(0.0, text - plain - node * (nodes - 1)))
 
 
 def machine(device: torch.device) -> str:

@@ -1,19 +1,17 @@
 """How weights lie in memory, for matrix products of a few rows on a CPU."""
 
-import logging
 import os
-import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drafts.eagle3 import Eagle3Head
+from kernels import cpu
+from kernels.cpu_linear import padded, panel_linear, panel_linear_cpu, panels_of
 
-logger = logging.getLogger(__name__)
-# Of a matrix; calls of oneDNN cost 10 to 20 us more, in which MKL multiplies a few rows by so much.
-PACKED_ENTRIES = 1 << (20 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 17)
-PACKED_ROWS = 8  # that the copies are made for
+PACKED_ROWS = 8  # that oneDNN's copies are made for
+FEW_ROWS = 64  # up to which our kernels are faster than the library's
 
 
 def store_transposed(model: nn.Module) -> None:
@@ -30,19 +28,31 @@ def store_transposed(model: nn.Module) -> None:
             module.weight = nn.Parameter(module.weight.detach().t().contiguous().t(), requires_grad=False)
 
 
+class PanelLinear(nn.Linear):
+    """A float32 linear layer with a second copy of its weight, for a few rows."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.panels, self._bias = panels_of(linear.weight), None if linear.bias is None else padded(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() <= FEW_ROWS * self.in_features and cpu.serves(x):
+            return panel_linear_cpu(x, self.panels, self.out_features, self._bias, None)
+        return F.linear(x, self.weight, self.bias)
+
+
 class PackedLinear(nn.Linear):
-    """A linear layer with a second copy of its weight in oneDNN's blocks, for more than one row where the weight is float32."""
+    """A bfloat16 linear layer with a second copy of its weight in oneDNN's blocks."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.contiguous(), PACKED_ROWS)
-        self._single = self.in_features if linear.weight.dtype == torch.float32 else 0
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self._single:
-            return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise.default(x, self.packed, self.bias, "none", [], "")
 
 
@@ -53,21 +63,22 @@ def multiplies_bfloat16() -> bool:
 
 @torch.no_grad()
 def pack_for_trees(model: nn.Module) -> None:
-    """Give the matrices on a CPU that gain by it a copy that oneDNN reads.
+    """Give the matrices on a CPU a second copy in the order in which it is read.
 
-    Large float32 ones: trees of 2 to 16 rows take 0.5 to 0.8 of MKL's time, while a single row is faster with MKL. All bfloat16 ones,
-    where the processor has that: any number of rows takes 0.7 of the time of the plain layout, which oneDNN reorders at every call.
-    Nothing changes where the copies would take more than half of the free memory, or torch has no oneDNN.
+    float32 ones for our kernels, where these could be compiled: 1 to 16 rows take about as long as one, which MKL takes two to three
+    times as long for. bfloat16 ones for oneDNN, where the processor has bfloat16: any number of rows takes 0.7 of the time of the plain
+    layout, which oneDNN reorders at every call. Nothing changes where the copies would take more than half of the free memory.
     """
+    packed = {torch.float32: PanelLinear, torch.bfloat16: PackedLinear}
     gaining = [m for m in model.modules() if type(m) is nn.Linear and _gains(m.weight)]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not torch.backends.mkldnn.is_available() or 2 * sum(linear.weight.nbytes for linear in gaining) > free:
+    if 2 * sum(linear.weight.nbytes for linear in gaining) > free:
         return
-    packed = {linear: PackedLinear(linear) for linear in gaining}
+    copies = {linear: packed[linear.weight.dtype](linear) for linear in gaining}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if child in packed:
-                setattr(parent, name, packed[child])
+            if child in copies:
+                setattr(parent, name, copies[child])
 
 
 def _gains(weight: Tensor) -> bool:
@@ -75,47 +86,32 @@ def _gains(weight: Tensor) -> bool:
     if weight.device.type != "cpu" or weight.untyped_storage().nbytes() != weight.nbytes:
         return False
     if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32 and weight.numel() >= PACKED_ENTRIES
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 and cpu.library() is not None
 
 
 class Int8Linear(nn.Module):
-    """x W^T, W in 8 bits with a scale for each output, x in 7 bits with a scale for each row: good enough for guessing.
-
-    A row's result does not depend on the rows beside it, so that neither does what a request drafts.
-    """
+    """x W^T, W in 8 bits with a scale for each output: good enough for guessing."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         weight = weight.float()
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch announces an end of quantized tensors, without another way to fbgemm's products
-            quantized = torch.quantize_per_channel(weight, scale, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self.outputs, self.scale = len(weight), padded(scale)
+        self.panels = panels_of((weight / scale[:, None]).round().to(torch.int8))
 
     def forward(self, x: Tensor) -> Tensor:
-        largest = torch.linalg.vector_norm(x, torch.inf, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-12)
-        # 7 bits, 64 standing for 0: with all 8, sums of two products can exceed 16 bits on processors without VNNI.
-        y = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default(x / largest, 1 / 63, 64, self.packed)
-        return y.mul_(largest).to(x.dtype)
+        return panel_linear(x, self.panels, self.outputs, None, self.scale)
 
 
 @torch.no_grad()
 def quantize_draft(head: Eagle3Head) -> None:
-    """Read a head's matrices on a CPU as 8-bit integers, a quarter or a half of the bytes; guesses lose little, and what is
-    generated does not depend on them. ``fc`` stays: it runs once per committed token, on features that have outliers. Small bfloat16
-    matrices stay as well, which the processor multiplies as fast.
-
-    Where torch no longer has the operation, the head stays as it is.
+    """Read a head's matrices on a CPU as 8-bit integers, a quarter or a half of the bytes, where our kernels could be compiled; guesses
+    lose little, and what is generated does not depend on them. ``fc`` stays: it runs once per committed token, on features that have
+    outliers.
     """
-    dtype = head.fc.weight.dtype
-    if head.fc.weight.device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
+    weight = head.fc.weight
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16) or cpu.library() is None:
         return
-    try:
-        for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"):
-            weight = getattr(head, name).weight
-            if dtype == torch.float32 or weight.numel() >= PACKED_ENTRIES:
-                setattr(head, name, Int8Linear(weight))
-    except (AttributeError, RuntimeError) as error:
-        logger.warning("the draft head runs in %s, since this torch has no 8-bit products: %s", str(dtype).removeprefix("torch."), error)
+    for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"):
+        setattr(head, name, Int8Linear(getattr(head, name).weight))

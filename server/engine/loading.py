@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from drafts.checkpoint import DraftError, load_head, tokenizer_hash
 from drafts.eagle3 import Eagle3Head
+from kernels import cpu
 from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.cpu_layout import multiplies_bfloat16, pack_for_trees, quantize_draft, store_transposed
 from server.engine.lean import LEAN, LeanDecoder
@@ -58,6 +59,9 @@ def load(config: EngineConfig, report: Report = lambda phase, percent: None) -> 
         ).to(device)
     except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(f"cannot load the weights of {config.model!r}: {str(error).splitlines()[0]}") from error
+    if device.type == "cpu":
+        report("compiling the kernels, if they are not kept from an earlier start", 50)
+        cpu.library()
     store_transposed(model)
     report("checking the model", 55)
     decoder = LeanDecoder(model) if model_config.model_type in LEAN else None

@@ -1,7 +1,6 @@
 """Nodes that were drafted, by whatever means, and of which the best become the trees of a step."""
 
 import math
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -11,8 +10,6 @@ from kernels.best_nodes import best_nodes
 from kernels.merge_pools import merge_pools
 from kernels.tree_mask import tree_mask
 from server.engine.types import Tree
-
-GROUP_ROWS = 24  # of a tree, that a forward pass on a CPU computes in the time of one more group
 
 
 class Pool(NamedTuple):
@@ -48,31 +45,22 @@ def best_tree(roots: Tensor, pool: Pool, nodes: int, node_price: float, depth: i
     return Tree(tokens, parent, depths, ancestors)
 
 
-def by_width(tree: Tree) -> list[list[int]]:
-    """The batch's places in groups of trees of like sizes, wherever that saves more than GROUP_ROWS rows of padding."""
-    widths = (tree.tokens >= 0).sum(1).tolist()
-
-    def split(places: list[int]) -> list[list[int]]:
-        narrow, saved = max(
-            ((cut, cut * (widths[places[-1]] - widths[places[cut - 1]])) for cut in range(1, len(places))),
-            default=(0, 0),
-            key=itemgetter(1),
-        )
-        return split(places[:narrow]) + split(places[narrow:]) if saved > GROUP_ROWS else [places]
-
-    return split(sorted(range(len(widths)), key=widths.__getitem__))
-
-
-def narrowed(tree: Tree, places: list[int]) -> Tree:
-    """The trees at ``places`` of the batch, without the columns that are padding in all of them, which come last."""
-    width = int((tree.tokens[places] >= 0).sum(1).max())
-    return Tree(*(part[places, :width] for part in tree))
-
-
 def widened(tree: Tree) -> Tree:
     """The trees with dead nodes up to a power of two, since graphs are recorded for every number of nodes."""
-    batch, nodes = tree.tokens.shape
-    more = torch.arange(nodes, 1 << (nodes - 1).bit_length(), device=tree.tokens.device).expand(batch, -1)
+    return _padded(tree, 1 << (tree.tokens.shape[1] - 1).bit_length())
+
+
+def stacked(trees: list[Tree]) -> Tree:
+    """All trees, without the columns that are padding in all of them, which come last."""
+    widths = [int((tree.tokens >= 0).sum(1).max()) for tree in trees]
+    padded = (_padded(Tree(*(part[:, :width] for part in tree)), max(widths)) for tree, width in zip(trees, widths, strict=True))
+    return Tree(*map(torch.cat, zip(*padded, strict=True)))
+
+
+def _padded(tree: Tree, nodes: int) -> Tree:
+    """The trees with dead nodes up to ``nodes``."""
+    batch, own = tree.tokens.shape
+    more = torch.arange(own, nodes, device=tree.tokens.device).expand(batch, -1)
     if more.shape[1] == 0:
         return tree
     zero, one = torch.zeros_like(more), torch.ones_like(more)

@@ -189,18 +189,14 @@ class Proposer:
             self.failed += 1
             return root_only(roots)
 
-    def tell(self, requests: list[Request], places: list[int], verdict: Verdict) -> Callable[[], None]:
-        """Begin to ask how the best first guesses compare with the target's tokens there, which are known whatever was accepted; the result
-        learns from the answer.
-
-        ``places``: of the requests among those of the last trees.
+    def tell(self, requests: list[Request], verdict: Verdict) -> Callable[[], None]:
+        """Begin to ask how the best first guesses for ``requests``, which had the last trees and come first in the ``verdict``, compare
+        with the target's tokens there, which are known whatever was accepted; the result learns from the answer.
         """
         if self.guesses is None:
             return lambda: None
         tokens, scores = self.guesses
-        if places != list(range(len(tokens))):
-            tokens, scores = tokens[places], scores[places]
-        answer = fetch(scores, tokens == verdict.tokens[:, 0])
+        answer = fetch(scores, tokens == verdict.tokens[: len(requests), 0])
 
         def learn() -> None:
             known, right = answer()

@@ -26,9 +26,9 @@ from server.engine.pool import root_only
 from server.engine.prompts import Prompts, extend, prompt_rows
 from server.engine.proposer import Proposer
 from server.engine.request import Request
-from server.engine.target import Rows, Target
+from server.engine.target import Rows, Target, spread
 from server.engine.types import RequestOutput, StepStats, Tree, Verdict
-from server.engine.verifications import Verification, Verifications, is_plain
+from server.engine.verifications import Proposal, Verification, Verifications, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -37,10 +37,12 @@ class Begun(NamedTuple):
     """A verification that the device is at work on. ``answer`` waits for it: the committed tokens, whether the logits are free of NaN, the
     drafted and the accepted nodes of every request. ``learn`` then learns from the head's guesses.
 
-    logits [B, N, V]; ``kept``: features of the nodes on the verdict's paths, [B, D + 1, 3 * H].
+    logits [B, N, V], or of the live nodes alone where nobody reads them; ``kept``: features of the nodes on the verdict's paths,
+    [B, D + 1, 3 * H].
     """
 
-    batch: Verification
+    batch: Proposal
+    rows: Rows
     logits: Tensor
     verdict: Verdict
     answer: Callable[[], list[list]]
@@ -99,7 +101,7 @@ class Steps:
         if prompts and self.graphs:
             results = self.target.forward_parts([prompts.rows], self.cache)
         first = self._first_tokens(prompts, results[0][0]) if prompts else None
-        lasting = plan.lasting and len(batches) == 1 and len(batches[0].requests) == len(decoding)
+        lasting = plan.lasting and len(batches) == 1 and len(batches[0].proposal.requests) == len(decoding)
         ahead = self._go_ahead(begun[0], plan) if lasting else None
         joined = self._join(first, prompts, results[0][1], decoding, plan) if prompts else None
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
@@ -140,21 +142,25 @@ class Steps:
             return None
         return self.proposer.join(prompts, first.places, features, first.verdict.tokens[:, 0], plan.shape, first.options, first.noise)
 
-    def _begin(self, batch: Verification, logits: Tensor, features: Tensor | None) -> Begun:
-        """Give the device what is to be done with a verification's results; logits [B * N, V]."""
-        logits, tree = logits.unflatten(0, batch.tree.tokens.shape), batch.tree
-        layout, is_tree = batch.rows.layout, tree.tokens.shape[1] > 1
+    def _begin(self, verification: Verification, logits: Tensor, features: Tensor | None) -> Begun:
+        """Give the device what is to be done with a verification's results; logits [B * N, V], or of the rows that were to be kept."""
+        (batch, rows, _), tree = verification, verification.proposal.tree
+        is_tree = tree.tokens.shape[1] > 1
         # What is given to graphs, and what kernels are compiled for, has one size for all trees of as many nodes.
         depth = batch.reach if self.graphs is None else tree.tokens.shape[1] - 1
-        verdict, healthy = _verify(tree, depth, logits, batch.options, batch.noise)
+        places = rows.keep
+        if places is not None and any(request.params.logprobs is not None for request in batch.requests):
+            logits, places = spread(logits, tree.tokens.numel(), places), None
+        logits = logits if places is not None else logits.unflatten(0, tree.tokens.shape)
+        verdict, healthy = _verify(tree, depth, logits, batch.options, batch.noise, places)
         if is_tree:  # what survived moves to the front of the cache
-            kv_commit(self.cache.k, self.cache.v, layout.block_tables, layout.context_lens, verdict.path)
+            kv_commit(self.cache.k, self.cache.v, rows.layout.block_tables, rows.layout.context_lens, verdict.path)
         drafted = (tree.tokens >= 0).sum(1) - 1 if is_tree else verdict.num_accepted  # none
         answer = fetch(verdict.tokens, healthy, drafted, verdict.num_accepted)
-        is_told = batch.places is not None and is_tree and (self.graphs is not None or self.proposer.learned is not None)
-        learn = self.proposer.tell(batch.requests, batch.places or [], verdict) if is_told else None
+        is_told = batch.by_head and is_tree and (self.graphs is not None or self.proposer.learned is not None)
+        learn = self.proposer.tell(batch.requests[: batch.by_head], verdict) if is_told else None
         kept = None if features is None else self._kept(features, verdict)
-        return Begun(batch, logits, verdict, answer, learn, kept)
+        return Begun(batch, rows, logits, verdict, answer, learn, kept)
 
     def _settle(self, begun: Begun, ahead: Drafted | Passed | None, plan: Plan, stats: StepStats) -> list[RequestOutput]:
         """Wait for the outcome, and keep it; ``ahead``: what has been begun of the next step."""
@@ -187,34 +193,34 @@ class Steps:
         if self.graphs is None or read or all(request.num_output + 1 >= request.params.max_tokens for request in requests):
             return None
         if is_plain(plan):
-            return self._pass_ahead(batch, verdict)
-        if features is None or self.proposer.guesses is None or batch.places is None or batch.tree.tokens.shape[1] == 1:
+            return self._pass_ahead(begun)
+        if features is None or self.proposer.guesses is None or not batch.by_head or batch.tree.tokens.shape[1] == 1:
             return None
         options = batch.options._replace(allowed=None)
-        return self.proposer.go_ahead(requests, batch.at.rows, batch.rows.layout, features, verdict, plan.shape, options, batch.noise)
+        return self.proposer.go_ahead(requests, batch.at.rows, begun.rows.layout, features, verdict, plan.shape, options, batch.noise)
 
-    def _pass_ahead(self, batch: Verification, verdict: Verdict) -> Passed | None:
+    def _pass_ahead(self, begun: Begun) -> Passed | None:
         """The forward pass over the tokens that a step of plain decoding commits."""
-        layout = batch.rows.layout
+        layout, requests = begun.rows.layout, begun.batch.requests
         following = replace(layout, context_lens=layout.context_lens + 1, max_context=layout.max_context + 1, _masks={})
         try:
-            [(logits, features)] = self.target.forward_parts([Rows(verdict.tokens.clamp(min=0), following)], self.cache)
-            return Passed(batch.requests, [request.context_len + 1 for request in batch.requests], logits, features)
+            [(logits, features)] = self.target.forward_parts([Rows(begun.verdict.tokens.clamp(min=0), following)], self.cache)
+            return Passed(requests, [request.context_len + 1 for request in requests], logits, features)
         except torch.AcceleratorError:
             raise
         except Exception:
             logger.exception("the next step's forward pass could not be made ahead; it is made in its turn")
             return None
 
-    def _record(self, batch: Verification, drafted: list[int], accepted: list[int], plan: Plan, stats: StepStats) -> None:
-        for request, nodes, kept in zip(batch.requests, drafted, accepted, strict=True):
+    def _record(self, batch: Proposal, drafted: list[int], accepted: list[int], plan: Plan, stats: StepStats) -> None:
+        for i, (request, nodes, kept) in enumerate(zip(batch.requests, drafted, accepted, strict=True)):
             if nodes:
                 request.speculation.record(nodes, kept, batch.reach)
                 stats.drafts.append((nodes, kept))
-                if batch.places is not None:
+                if i < batch.by_head:
                     plan.drafts.append((request, nodes, kept))
         stats.tree_nodes = max(stats.tree_nodes, batch.tree.tokens.shape[1])
-        if batch.places is not None:
+        if batch.by_head:
             stats.draft_levels = plan.levels
 
     def _kept(self, features: Tensor, verdict: Verdict) -> Tensor:
@@ -246,7 +252,9 @@ class Steps:
         return outputs
 
 
-def _verify(tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Noise | None) -> tuple[Verdict, Tensor]:
-    """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V]."""
-    *verdict, healthy = tree_verify(logits, options, noise, *tree, max_depth)
+def _verify(
+    tree: Tree, max_depth: int, logits: Tensor, options: SamplingBatch, noise: Noise | None, places: Tensor | None = None
+) -> tuple[Verdict, Tensor]:
+    """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V], or [K, V] of the nodes ``places``."""
+    *verdict, healthy = tree_verify(logits, options, noise, *tree, max_depth, places)
     return Verdict(*verdict), healthy

@@ -54,10 +54,9 @@ def attend(q: Tensor, layer: int, scale: float, window: int | None, softcap: flo
     for layout, rows in zip(tree.parts, tree.rows, strict=True):
         count = layout.depth.numel() if rows is None else len(rows)
         part = q[first : first + count]
-        if rows is not None:
-            part = part.new_zeros(layout.depth.numel(), *q.shape[1:]).index_copy_(0, rows, part)
-        out = tree_attention(part.unflatten(0, layout.depth.shape), keys, values, layout, scale, window, softcap).flatten(0, 1)
-        results.append(out if rows is None else out.index_select(0, rows))
+        part = part.unflatten(0, layout.depth.shape) if rows is None else part
+        out = tree_attention(part, keys, values, layout, scale, window, softcap)
+        results.append(out.flatten(0, 1) if rows is None else out)
         first += count
     return results[0] if len(results) == 1 else torch.cat(results)
 
@@ -239,10 +238,10 @@ class Target:
         for part, picked, count in zip(parts, rows, counts, strict=True):
             width = part.tokens.numel() if picked is None else len(picked)
             own = logits[first_logit : first_logit + count]
-            own = own if part.keep is not None else _spread(own, part.tokens.numel(), picked)
+            own = own if part.keep is not None else spread(own, part.tokens.numel(), picked)
             tapped = None
             if features is not None:
-                tapped = _spread(features[first_row : first_row + width], part.tokens.numel(), picked).unflatten(0, part.tokens.shape)
+                tapped = spread(features[first_row : first_row + width], part.tokens.numel(), picked).unflatten(0, part.tokens.shape)
             results.append((own, tapped))
             first_row, first_logit = first_row + width, first_logit + count
         return results
@@ -262,9 +261,7 @@ class Target:
 
 def _computed(layout: TreeLayout) -> Tensor | None:
     """The flat rows to compute, None for all: on a CPU padding costs as much as anything, elsewhere less than leaving it out."""
-    if layout.live is None or layout.live.is_cuda:
-        return None
-    return layout.live.flatten().nonzero()[:, 0]
+    return None if layout.live is None or layout.live.is_cuda else layout.live_rows
 
 
 def _picked(values: list[Tensor], rows: list[Tensor | None]) -> Tensor:
@@ -287,7 +284,7 @@ def _kept(parts: list[Rows], rows: list[Tensor | None]) -> tuple[Tensor | None, 
     return None if everything else torch.cat(kept), [len(own) for own in kept]
 
 
-def _spread(values: Tensor, size: int, rows: Tensor | None) -> Tensor:
+def spread(values: Tensor, size: int, rows: Tensor | None) -> Tensor:
     """values [R, ...] at their places ``rows`` among ``size``, zeros elsewhere."""
     return values if rows is None else values.new_zeros(size, *values.shape[1:]).index_copy_(0, rows, values)
 

@@ -13,7 +13,7 @@ from server.engine.drafter import TreeShape
 from server.engine.grammar import constrain
 from server.engine.kv_cache import BlockPool
 from server.engine.ngram import Draft
-from server.engine.pool import by_width, narrowed, root_only, widened
+from server.engine.pool import root_only, stacked, widened
 from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
@@ -23,11 +23,11 @@ from server.engine.types import Tree
 FEW_NODES = 4  # of a tree, which the head fills by itself: texts would raise what is committed by a few percent (demo pair)
 
 
-class Verification(NamedTuple):
-    """What one forward pass verifies of some requests; ``reach``: depth of the deepest node, at most.
+class Proposal(NamedTuple):
+    """Trees of some requests; ``reach``: depth of the deepest node, at most.
 
-    ``drafts``: what their texts proposed, to be learned from, None where nothing was looked up. ``places``: of the requests among those
-    that the head drafts for, None where it does not.
+    ``drafts``: what their texts proposed, to be learned from, None where nothing was looked up. ``by_head``: so many of the requests, the
+    first ones, the head drafts for.
     """
 
     requests: list[Request]
@@ -37,8 +37,14 @@ class Verification(NamedTuple):
     options: SamplingBatch
     noise: Noise | None
     drafts: list[Draft] | None
+    by_head: int
+
+
+class Verification(NamedTuple):
+    """A proposal, and the rows of the forward pass that verifies it."""
+
+    proposal: Proposal
     rows: Rows
-    places: list[int] | None
     passed: Passed | None = None  # where the forward pass was made ahead
 
 
@@ -50,26 +56,31 @@ class Verifications:
         self.fixed = False
 
     def of(self, requests: list[Request], plan: Plan, ahead: Drafted | Passed | None) -> list[Verification]:
-        """Trees for those that draft, the roots alone for the others, but for text that a grammar demands."""
+        """Trees for those that draft, the roots alone for the others, but for text that a grammar demands. All go together, but for those
+        that draft ``apart``.
+        """
         if plan.drafting and plan.shape.nodes > 1 and self.fixed and not plan.apart:
-            return self._draft(requests, plan, ahead if isinstance(ahead, Drafted) else None)
+            return [self._verification(self._draft(requests, plan, ahead if isinstance(ahead, Drafted) else None))]
         passed = ahead.of(requests) if isinstance(ahead, Passed) and is_plain(plan) else None
         if passed is not None:
-            batch = self._plain(passed.requests, placed(passed.requests, self.device), plan.guesses_of(passed.requests))
-            return [batch._replace(passed=passed)]
+            proposal = self._plain(passed.requests, placed(passed.requests, self.device), plan.guesses_of(passed.requests))
+            return [self._verification(proposal)._replace(passed=passed)]
         drafting = {id(request) for request in plan.drafting if plan.shape.nodes > 1}
         copying = {id(request) for request in plan.copying if plan.shape.nodes > 1}
         by_head = [request for request in requests if id(request) in drafting]
         by_text = [request for request in requests if id(request) in copying]
         quiet = [request for request in requests if id(request) not in drafting and id(request) not in copying]
-        return [
-            *(self._draft(by_head, plan) if by_head else []),
-            *(self._copy(by_text, plan) if by_text else []),
+        proposals = [
+            *([self._draft(by_head, plan)] if by_head else []),
+            *([self._copy(by_text, plan)] if by_text else []),
             *([self._plain(quiet, placed(quiet, self.device), plan.guesses_of(quiet))] if quiet else []),
         ]
+        if not self.fixed and len(proposals) > 1:
+            proposals = [self._together(proposals)]
+        return [self._verification(proposal) for proposal in proposals]
 
-    def _draft(self, requests: list[Request], plan: Plan, ahead: Drafted | None = None) -> list[Verification]:
-        """Trees for the requests; of one node each when there is nothing worth drafting. On a CPU, trees of like sizes go together."""
+    def _draft(self, requests: list[Request], plan: Plan, ahead: Drafted | None = None) -> Proposal:
+        """Trees for the requests; of one node each when there is nothing worth drafting."""
         at = placed(requests, self.device)
         if plan.shape.nodes > 1 and plan.shape.depth > 0:
             self.proposer.begin(requests)
@@ -80,11 +91,8 @@ class Verifications:
         tree = self.proposer.propose(requests, at, shape, options, noise, drafts, ahead)
         plan.levels = self.proposer.levels if self.proposer.drafter else 1
         if not self.fixed and not self.proposer.drafted(requests, tree):
-            return [self._plain(requests, at, drafts)]
-        groups = self._groups(tree)
-        if len(groups) == 1:
-            return [self._verification(requests, at, tree, reach, options, noise, drafts, groups[0])]
-        return [self._part(requests, tree, drafts, places, places) for places in groups]
+            return self._plain(requests, at, drafts)
+        return Proposal(requests, at, tree, reach, options, noise, drafts, len(requests))
 
     def _price(self, shape: TreeShape) -> float:
         """Of what texts propose beside the head. By graphs the device waits while it is looked up: not for what hardly finds a place."""
@@ -92,54 +100,46 @@ class Verifications:
             return 0.0
         return 1 / shape.nodes if shape.nodes > FEW_NODES else math.inf
 
-    def _copy(self, requests: list[Request], plan: Plan) -> list[Verification]:
+    def _copy(self, requests: list[Request], plan: Plan) -> Proposal:
         """Trees of what the requests' own texts propose, which costs nothing to make; if the rule has not looked, what grammars demand."""
         drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, plan.shape.nodes, math.inf)
         at = placed(requests, self.device)
         tree = self.proposer.copy(at.roots, plan.shape, drafts)
         if tree.tokens.shape[1] == 1:
-            return [self._plain(requests, at, drafts)]
-        groups = self._groups(tree)
-        if len(groups) == 1:
-            reach = max(draft.depth for draft in drafts or ())
-            return [self._verification(requests, at, tree, reach, *self.sampling(requests, reach), drafts, None)]
-        return [self._part(requests, tree, drafts, places, None) for places in groups]
+            return self._plain(requests, at, drafts)
+        reach = max(draft.depth for draft in drafts or ())
+        return Proposal(requests, at, tree, reach, *self.sampling(requests, reach), drafts, 0)
 
-    def _groups(self, tree: Tree) -> list[list[int]]:
-        """The places of the batch whose trees go together; all of them in order, or by width in several groups."""
-        together = self.fixed or self.device.type == "cuda"
-        groups = [] if together else by_width(tree)
-        return groups if len(groups) > 1 else [list(range(len(tree.tokens)))]
-
-    def _part(
-        self, requests: list[Request], tree: Tree, drafts: list[Draft] | None, group: list[int], places: list[int] | None
-    ) -> Verification:
-        """The ``group`` of the batch; ``places`` as in ``Verification``."""
-        members, part = [requests[i] for i in group], narrowed(tree, group)
-        reach = int(part.depth.max())
-        own = [drafts[i] for i in group] if drafts else None
-        return self._verification(members, placed(members, self.device), part, reach, *self.sampling(members, reach), own, places)
-
-    def _plain(self, requests: list[Request], at: Placed, drafts: list[Draft] | None) -> Verification:
+    def _plain(self, requests: list[Request], at: Placed, drafts: list[Draft] | None) -> Proposal:
         """The roots alone; ``drafts`` are not verified, and yet it is learned whether they would have come true."""
-        return self._verification(requests, at, root_only(at.roots), 0, *self.sampling(requests, 0), drafts, None)
+        return Proposal(requests, at, root_only(at.roots), 0, *self.sampling(requests, 0), drafts, 0)
+
+    def _together(self, proposals: list[Proposal]) -> Proposal:
+        """One of all: what a verification costs beside its rows is worth many rows of a CPU's."""
+        requests = [request for proposal in proposals for request in proposal.requests]
+        looked_up = any(proposal.drafts is not None for proposal in proposals)
+        drafts = [draft for proposal in proposals for draft in proposal.drafts or [Draft() for _ in proposal.requests]]
+        reach = max(proposal.reach for proposal in proposals)
+        return Proposal(
+            requests, placed(requests, self.device), stacked([proposal.tree for proposal in proposals]), reach,
+            *self.sampling(requests, reach), drafts if looked_up else None, proposals[0].by_head,
+        )  # fmt: skip
 
     def sampling(self, requests: list[Request], reach: int) -> tuple[SamplingBatch, Noise | None]:
         """Options of the requests, and the noise of trees of depth ``reach``."""
         return batch_options(requests, self.vocab_size, self.device), batch_noise(requests, reach + 1, self.vocab_size, self.device)
 
-    def _verification(
-        self, requests: list[Request], at: Placed, tree: Tree, reach: int, options: SamplingBatch, noise: Noise | None,
-        drafts: list[Draft] | None, places: list[int] | None,
-    ) -> Verification:  # fmt: skip
-        tree, options = constrain(requests, widened(tree) if self.fixed else tree, options, self.vocab_size)
+    def _verification(self, proposal: Proposal) -> Verification:
+        requests, at, tree = proposal[:3]
+        tree, options = constrain(requests, widened(tree) if self.fixed else tree, proposal.options, self.vocab_size)
         # Padding costs nothing on a GPU, where finding it would make the host wait.
         live = None if self.fixed or self.device.type == "cuda" else tree.tokens >= 0
         if live is not None and bool(live.all()):
             live = None
         tables = self.pool.tables[at.rows]
         layout = TreeLayout(tables, at.lengths, tree.depth, tree.ancestors, live, self.pool.block_size, at.longest)
-        return Verification(requests, at, tree, reach, options, noise, drafts, Rows(tree.tokens.clamp(min=0), layout), places)
+        rows = Rows(tree.tokens.clamp(min=0), layout, None if live is None else layout.live_rows)
+        return Verification(proposal._replace(tree=tree, options=options), rows)
 
 
 def _allowed(requests: list[Request], shape: TreeShape) -> TreeShape:

@@ -58,16 +58,16 @@ def test_texts_stay_while_sigma_moves(model: PreTrainedModel) -> None:
     assert engine.proposer.sigma != DEFAULT_SIGMA
 
 
-def test_parts_of_a_batch_learn_from_their_own_guesses(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_of_a_verdict_learn_from_their_guesses(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = build(model, random_head(model), tree_nodes=4)
     proposer, learned, told = engine.proposer, LearnedSigma(DEFAULT_SIGMA), []
     proposer.learned = learned
     monkeypatch.setattr(learned, "observe", lambda *said: told.append(said))
-    proposer.guesses = torch.tensor([7, 8, 9]), torch.tensor([0.25, 0.5, 0.75]).log()
+    proposer.guesses = torch.tensor([9, 7]), torch.tensor([0.75, 0.25]).log()
     params, tokenizer = SamplingParams(temperature=0), byte_tokenizer().backend_tokenizer
     requests = [Request.create(name, [1], params, 0, frozenset(), tokenizer, 260) for name in "ab"]
-    none = torch.zeros(2, 1, dtype=torch.long)
-    proposer.tell(requests, [2, 0], Verdict(none, none[:, 0], torch.tensor([[9], [8]])))()
+    none = torch.zeros(3, 1, dtype=torch.long)
+    proposer.tell(requests, Verdict(none, none[:, 0], torch.tensor([[9], [8], [7]])))()
     assert told == [(0.0, pytest.approx(0.75), True), (0.0, pytest.approx(0.25), False)]
 
 

@@ -51,7 +51,8 @@ def test_measuring_finds_the_parts_of_the_cost() -> None:
     for batch, cost in costs.items():
         assert cost == pytest.approx(StepCost(1e-3, 1.2e-3 + true_sync(batch, 1), 0.3e-3, 0.01e-3 * batch, 0.02e-3, 0.05e-3))
         assert cost.tree(3, 8) == pytest.approx(true_cost(batch, TreeShape(8, 3, 4)) + true_sync(batch, 1))
-    assert all(ran.count((1, shape)) == MAX_TURNS for _, shape in ran)
+    assert {ran.count(step) for step in ran} == {MAX_TURNS}
+    assert {max(shape.nodes for own, shape in ran if own == batch) for batch in (1, 4, 6)} == {16, 10}, "of few rows in all"
     assert all(shape.lookahead <= SHAPE.lookahead for _, shape in ran)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kernels import cpu
 from server.engine.budget import Plan
 from server.engine.request import Request
 from server.engine.types import SamplingParams, Tree
@@ -144,14 +145,15 @@ def test_all_options_in_one_batch(nodes: int, batch: int, model: PreTrainedModel
         check(result, expected[key], OPTIONS[key[0]])
 
 
-@pytest.mark.parametrize("group_rows", [0, 24])
+@pytest.mark.parametrize("with_kernels", [True, False])
 def test_tree_sizes_that_change_every_step(
-    group_rows: int, model: PreTrainedModel, expected: Table, monkeypatch: pytest.MonkeyPatch
+    with_kernels: bool, model: PreTrainedModel, expected: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the load rule may do at worst, with a real head: on, off, small, large; trees of every size of their own, or of like sizes;
-    texts' own trees beside them, looked up before or not.
+    """What the load rule may do at worst, with a real head: on, off, small, large; texts' own trees beside them, looked up before or not;
+    where the CPU's kernels could be compiled, and where not.
     """
-    monkeypatch.setattr("server.engine.pool.GROUP_ROWS", group_rows)
+    if not with_kernels:
+        monkeypatch.setattr(cpu, "library", lambda: None)
     engine = build(model, random_head(model), tree_nodes=33)
     full = engine.shape
     priced = [full._replace(level_price=level, node_price=node) for level, node in ((0.3, 0.0), (0.5, 0.05), (0.0, 0.2))]

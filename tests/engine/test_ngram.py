@@ -18,9 +18,9 @@ from server.engine.config import NGRAM, EngineConfig
 from server.engine.costs import StepCost
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.ngram import BRANCHES, LEARNING, LONGEST, OCCURRENCES, SHORTEST, Candidates, Draft, NgramIndex, Ngrams, Rates
-from server.engine.pool import Pool, best_tree, limited, merge, root_only
+from server.engine.pool import Pool, best_tree, limited, merge
 from server.engine.request import Request
-from server.engine.types import SamplingParams, Tree
+from server.engine.types import SamplingParams
 from tests.engine.engines import Run, build, byte_tokenizer, random_head, run, tiny_model
 from tests.engine.reference_decoding import decode
 
@@ -282,23 +282,11 @@ def test_a_failure_to_learn_loses_no_token(model: PreTrainedModel, expected: lis
     assert [result.token_ids for result in run(engine, REQUESTS)] == expected
 
 
-def test_one_group_of_trees_keeps_the_order_of_the_requests(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is learned of the head's guesses is told by places."""
-    roots = torch.tensor([5, 6, 7])
-    tree = Tree(torch.tensor([[5, 1, 2], [6, -1, -1], [7, 3, -1]]), *(torch.zeros(3, 3, dtype=torch.long),) * 3)
-    verifications = build(model, draft=NGRAM).steps.verifications
-    assert verifications._groups(tree) == [[0, 1, 2]]
-    monkeypatch.setattr("server.engine.pool.GROUP_ROWS", 0)
-    assert verifications._groups(tree) == [[1], [2], [0]]
-    assert verifications._groups(root_only(roots)) == [[0, 1, 2]]
-
-
 @pytest.mark.parametrize("node_price", [0.0, 0.6, 1.5])
 def test_texts_beside_a_head_and_beside_nothing(
     node_price: float, model: PreTrainedModel, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every third request by the head, every third by what is known of its text, in trees of like sizes; at 1.5 no node is worth it."""
-    monkeypatch.setattr("server.engine.pool.GROUP_ROWS", 0)
+    """Every third request by the head, every third by what is known of its text; at 1.5 no node is worth it."""
     engine = build(model, random_head(model), draft=NGRAM, tree_nodes=12)
     futures = {str(i): prompt + text for i, ((prompt, _), text) in enumerate(zip(REQUESTS, expected, strict=True))}
     engine.proposer.ngrams = Prophet(futures)

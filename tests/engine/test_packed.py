@@ -1,4 +1,4 @@
-"""Packed copies give the same products and are made of whole, large matrices alone."""
+"""Copies of weights for a CPU give the same products, and are made of whole matrices alone."""
 
 from pathlib import Path
 
@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from kernels import cpu
 from server.engine import cpu_layout
 from server.engine.config import EngineConfig
-from server.engine.cpu_layout import PackedLinear, multiplies_bfloat16, pack_for_trees
+from server.engine.cpu_layout import FEW_ROWS, PackedLinear, PanelLinear, multiplies_bfloat16, pack_for_trees
 from server.engine.engine import Engine
 from server.engine.lean import LEAN, LeanDecoder
 from server.engine.target import decoder_layers, self_check
@@ -16,16 +17,31 @@ from server.engine.types import SamplingParams
 from tests.engine.engines import build, random_head, run, tiny_model
 from tests.engine.test_model_types import NEW, PROMPTS, generate
 
+needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler")
+
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_products_are_the_same(bias: bool) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(640, 512, bias=bias).requires_grad_(False)
-    packed = PackedLinear(linear)
-    for rows in (1, 2, 7, 40):
+    linear = nn.Linear(640, 500, bias=bias).requires_grad_(False)
+    packed = PanelLinear(linear)
+    for rows in (1, 2, 7, FEW_ROWS, FEW_ROWS + 1):
         x = torch.randn(1, rows, 640)
-        torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
+        with torch.inference_mode():
+            torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
     assert packed.weight is linear.weight
+
+
+@needs_kernels
+def test_our_kernel_multiplies_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = PanelLinear(nn.Linear(64, 32).requires_grad_(False))
+    seen = list[int]()
+    monkeypatch.setattr(cpu_layout, "panel_linear_cpu", lambda x, *_: seen.append(len(x)))
+    with torch.inference_mode():
+        for rows in (1, FEW_ROWS, FEW_ROWS + 1):
+            packed(torch.randn(rows, 64))
+    packed(torch.randn(1, 64))  # with gradients
+    assert seen == [1, FEW_ROWS]
 
 
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor does not multiply bfloat16")
@@ -46,55 +62,60 @@ def test_a_bfloat16_pair_is_packed_whatever_its_size_and_decodes(demo: Path) -> 
     decoder, drafter = engine.steps.target.decoder, engine.proposer.drafter
     assert isinstance(decoder, LeanDecoder)
     assert drafter is not None
-    assert all(isinstance(part, PackedLinear) for part in (decoder.layers[0].qkv, decoder.lm_head, drafter.head.fc, drafter.head.o_proj))
+    assert all(isinstance(part, PackedLinear) for part in (decoder.layers[0].qkv, decoder.lm_head, drafter.head.fc))
     requests = [([5 + i, 7, 9], SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)) for i in range(3)]
     results = run(engine, requests)
     assert [len(result.token_ids) for result in results] == [24] * 3
     assert all(result.speculation.num_accepted_tokens > 0 for result in results)
 
 
+@needs_kernels
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
-def test_greedy_text_equals_generate(monkeypatch: pytest.MonkeyPatch, model_type: str) -> None:
-    monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", 1)
+def test_greedy_text_equals_generate(model_type: str) -> None:
     model = tiny_model(model_type)
     expected = [generate(model, prompt) for prompt in PROMPTS]
     engine = build(model, random_head(model), decoder=LeanDecoder if model_type in LEAN else None, tree_nodes=8, max_num_seqs=3)
     target = engine.steps.target
     parts = target.decoder if isinstance(target.decoder, LeanDecoder) else target.model
     pack_for_trees(parts)
-    assert sum(isinstance(module, PackedLinear) for module in parts.modules()) == 4 * 4 + 1
+    assert sum(isinstance(module, PanelLinear) for module in parts.modules()) == 4 * 4 + 1
     self_check(target, 4)
     requests = [(prompt, SamplingParams(max_tokens=NEW, temperature=0, ignore_eos=True)) for prompt in PROMPTS]
     assert [result.token_ids for result in run(engine, requests)] == expected
 
 
-def test_a_lean_decoder_is_packed_and_the_model_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", 1)
+@needs_kernels
+def test_a_lean_decoder_is_packed_and_the_model_is_not() -> None:
     model = tiny_model("llama")
     decoder = LeanDecoder(model)
     pack_for_trees(decoder)
     layer = decoder.layers[0]
-    assert all(isinstance(part, PackedLinear) for part in (layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj, decoder.lm_head))
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert all(isinstance(part, PanelLinear) for part in (layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj, decoder.lm_head))
+    assert not any(isinstance(module, PanelLinear) for module in model.modules())
 
 
-def test_a_part_of_a_matrix_is_not_packed_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", 1)
+@needs_kernels
+def test_a_part_of_a_matrix_is_not_packed_once_more() -> None:
     model = tiny_model("llama")
     LeanDecoder(model)  # q_proj becomes a view
     pack_for_trees(model)
     attention = decoder_layers(model, 4)[0].self_attn
-    assert isinstance(attention.o_proj, PackedLinear)
+    assert isinstance(attention.o_proj, PanelLinear)
     assert type(attention.q_proj) is nn.Linear
 
 
-def test_small_matrices_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_layout, "PACKED_ENTRIES", 640 * 512)
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(640, 512))
-    monkeypatch.setattr(cpu_layout.os, "sysconf", lambda name: 4 * 640 * 512)
-    pack_for_trees(model)
-    assert [type(layer) for layer in model] == [nn.Linear, PackedLinear]
+@needs_kernels
+def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of pages of as many bytes as there are pages."""
     model = nn.Sequential(nn.Linear(640, 512))
-    monkeypatch.setattr(cpu_layout.os, "sysconf", lambda name: 1000)
+    for root, kind in ((1000, nn.Linear), (2000, PanelLinear)):
+        monkeypatch.setattr(cpu_layout.os, "sysconf", lambda name, root=root: root)
+        pack_for_trees(model)
+        assert type(model[0]) is kind
+
+
+def test_without_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    model = nn.Sequential(nn.Linear(640, 512))
     pack_for_trees(model)
     assert type(model[0]) is nn.Linear

@@ -1,19 +1,19 @@
-"""Trees of a batch in groups of like sizes."""
+"""Trees of several batches as one."""
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.tree_mask import tree_mask
-from server.engine.pool import GROUP_ROWS, Pool, best_tree, by_width, narrowed
+from server.engine.pool import Pool, best_tree, stacked
 from server.engine.types import Tree
 
 NODES = 16
 
 
-def batch(widths: list[int]) -> Tree:
-    """Trees of so many live nodes, chains of two branches."""
-    width = max(widths)
+def batch(widths: list[int], spare: int = 0) -> Tree:
+    """Trees of so many live nodes, chains of two branches, with columns to spare."""
+    width = max(widths) + spare
     node = torch.arange(width)
     live = node < torch.tensor(widths)[:, None]
     parent = (node - 2).clamp(min=0).where(live, 0)
@@ -22,37 +22,22 @@ def batch(widths: list[int]) -> Tree:
     return Tree(tokens, parent, depth, ancestors)
 
 
-@given(st.lists(st.integers(1, NODES), min_size=1, max_size=40))
-def test_groups_save_padding(widths: list[int]) -> None:
-    groups = by_width(batch(widths))
-    assert sorted(place for group in groups for place in group) == list(range(len(widths)))
-    padded = sum(len(group) * max(widths[place] for place in group) for group in groups)
-    assert padded <= len(widths) * max(widths) - (len(groups) - 1) * GROUP_ROWS, "each group saves more than it costs"
-    for group in groups:
-        own = sorted(widths[place] for place in group)
-        assert all(cut * (own[-1] - own[cut - 1]) <= GROUP_ROWS for cut in range(1, len(own))), "none is left that would"
-
-
-def test_batches_of_one_size_stay_whole() -> None:
-    assert by_width(batch([7] * 32)) == [list(range(32))]
-    assert by_width(batch([1, 16])) == [[0, 1]]
-    assert by_width(batch([16, *[2] * 31])) == [list(range(1, 32)), [0]]
-
-
-@given(st.lists(st.integers(1, NODES), min_size=2, max_size=8), st.data())
-def test_narrowed_trees_are_the_same_trees(widths: list[int], data: st.DataObject) -> None:
-    tree = batch(widths)
-    places = data.draw(st.lists(st.integers(0, len(widths) - 1), min_size=1, unique=True))
-    part = narrowed(tree, places)
-    assert part.tokens.shape == (len(places), max(widths[place] for place in places))
-    for row, place in enumerate(places):
-        for ours, whole in zip(part, tree, strict=True):
-            assert torch.equal(ours[row, : widths[place]], whole[place, : widths[place]])
+@given(st.lists(st.lists(st.integers(1, NODES), min_size=1, max_size=4), min_size=1, max_size=3))
+def test_stacked_trees_are_the_same_trees(widths: list[list[int]]) -> None:
+    trees = [batch(own, spare=i) for i, own in enumerate(widths)]
+    whole = stacked(trees)
+    assert whole.tokens.shape == (sum(map(len, widths)), max(map(max, widths)))
+    places = [(tree, row, width) for tree, own in zip(trees, widths, strict=True) for row, width in enumerate(own)]
+    for place, (tree, row, width) in enumerate(places):
+        for ours, expected in zip(whole, tree, strict=True):
+            assert torch.equal(ours[place, :width], expected[row, :width])
+        assert (whole.tokens[place, width:] == -1).all()
+        assert (whole.ancestors[place] >> torch.arange(whole.tokens.shape[1]) & 1).all(), "every node is its own ancestor"
 
 
 @given(st.data())
 def test_dead_nodes_come_last(data: st.DataObject) -> None:
-    """Which is why a narrowed tree loses none that live."""
+    """Which is why columns can be left out."""
     scores = torch.tensor([data.draw(st.lists(st.sampled_from([-0.5, -1.5, float("-inf")]), min_size=9, max_size=9)) for _ in range(4)])
     pool = Pool(scores, torch.arange(9).expand(4, 9), torch.zeros(4, 9, dtype=torch.long))
     tree = best_tree(torch.full((4,), 50), pool, 7, 0.0, 1)

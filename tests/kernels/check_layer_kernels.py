@@ -1,4 +1,6 @@
-"""The kernels of a decoder layer against their references on one device: the CPU for the interpreter's tests, or a GPU."""
+"""The kernels of a decoder layer against their references on one device: the CPU, also for Triton's interpreter, or a GPU."""
+
+from collections.abc import Callable
 
 import torch
 
@@ -10,28 +12,30 @@ from kernels.rope_store import rope_store_reference, rope_store_triton
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def check_rms_norm(rows: int, size: int, dtype: torch.dtype, device: str) -> None:
+def check_rms_norm(rows: int, size: int, dtype: torch.dtype, device: str, run: Callable = rms_norm_triton) -> None:
     generator = torch.Generator().manual_seed(rows + size)
     x, delta = (10 * torch.randn(2, rows, size, generator=generator).to(device, dtype) for _ in range(2))
     x[0, 0] = delta[0, 0] = 0
     weight = torch.randn(size, generator=generator).to(device, dtype)
     close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
-    total, normed = rms_norm_triton(x, delta, weight, 1e-5)
+    total, normed = run(x, delta, weight, 1e-5)
     torch.testing.assert_close(total, x + delta, **close)  # the interpreter cuts bfloat16 off instead of rounding
     expected = rms_norm_reference(total.float(), weight.float(), 1e-5)
     torch.testing.assert_close(normed.float(), expected, **close)
-    same, alone = rms_norm_triton(total, None, weight, 1e-5)
+    same, alone = run(total, None, weight, 1e-5)
     assert same is total
     assert torch.equal(alone, normed)
 
 
-def check_gated_silu(rows: int, size: int, dtype: torch.dtype, device: str) -> None:
+def check_gated_silu(rows: int, size: int, dtype: torch.dtype, device: str, run: Callable = gated_silu_triton) -> None:
     gate_up = 4 * torch.randn(rows, 2 * size, generator=torch.Generator().manual_seed(size)).to(device, dtype)
     expected = gated_silu_reference(gate_up.float())
-    torch.testing.assert_close(gated_silu_triton(gate_up).float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(run(gate_up).float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def check_rope_store(rows: int, heads: tuple[int, int], size: int, dtype: torch.dtype, padded: bool, device: str) -> None:
+def check_rope_store(
+    rows: int, heads: tuple[int, int], size: int, dtype: torch.dtype, padded: bool, device: str, kernel: Callable = rope_store_triton
+) -> None:
     """q, k and v lie in one matrix, as models have them; the last row is padding where there is any, and holds NaN."""
     generator = torch.Generator().manual_seed(rows + size)
     blocks, block_size = 1 + rows, 4
@@ -43,7 +47,7 @@ def check_rope_store(rows: int, heads: tuple[int, int], size: int, dtype: torch.
         live = torch.arange(rows, device=device) < rows - 1
         slots[-1], qkv[-1] = 0, torch.nan
     results = []
-    for run, kind in ((rope_store_triton, dtype), (rope_store_reference, torch.float32)):
+    for run, kind in ((kernel, dtype), (rope_store_reference, torch.float32)):
         caches = [torch.full((blocks, block_size, heads[1], size), 7.0, device=device, dtype=kind) for _ in range(2)]
         own = qkv.to(kind)
         cos, sin = angles.cos().to(kind), angles.sin().to(kind)

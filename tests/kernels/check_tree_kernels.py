@@ -1,5 +1,6 @@
 """tree_mask, tree_attention and kv_commit against their references on one device: the CPU for the interpreter's tests, or a GPU."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -39,11 +40,13 @@ class AttentionCase:
     k: Tensor
     v: Tensor
     layout: TreeLayout
+    kernel: Callable = tree_attention_triton
 
     @classmethod
     def make(
         cls, contexts: list[int], depth: Tensor, ancestors: Tensor | None, live: Tensor | None = None, first_column: int = 0,
         heads: tuple[int, int] = (4, 2), size: int = 16, block_size: int = 16, dtype: torch.dtype = torch.float32, device: str = "cpu",
+        kernel: Callable = tree_attention_triton,
     ) -> "AttentionCase":  # fmt: skip
         generator = torch.Generator().manual_seed(sum(contexts) + depth.numel())
         batch, rows = depth.shape
@@ -62,10 +65,10 @@ class AttentionCase:
         q = torch.randn(batch, heads[0], rows, size, generator=generator).transpose(1, 2)  # as models have it
         parts = {part.name: getattr(layout, part.name) for part in fields(layout) if not part.name.startswith("_")}
         moved = {name: part.to(device) if isinstance(part, Tensor) else part for name, part in parts.items()}
-        return cls(*(part.to(device, dtype) for part in (q, k, v)), TreeLayout(**moved))
+        return cls(*(part.to(device, dtype) for part in (q, k, v)), TreeLayout(**moved), kernel)
 
     def run(self, window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
-        return tree_attention_triton(self.q, self.k, self.v, self.layout, 1.2 * self.q.shape[3] ** -0.5, window, softcap, sinks)
+        return self.kernel(self.q, self.k, self.v, self.layout, 1.2 * self.q.shape[3] ** -0.5, window, softcap, sinks)
 
     def check(self, window: int | None = None, softcap: float | None = None, with_sinks: bool = False) -> None:
         heads, size = self.q.shape[2:]
@@ -85,13 +88,14 @@ class AttentionCase:
             own = {name: getattr(self.layout, name)[i, None] for name in ("block_tables", "context_lens", "depth")}
             ancestors = None if self.layout.ancestors is None else self.layout.ancestors[i, None]
             layout = replace(self.layout, ancestors=ancestors, max_context=context, _masks={}, **own)
-            alone = AttentionCase(self.q[i, None], self.k, self.v, layout).run()
+            alone = AttentionCase(self.q[i, None], self.k, self.v, layout, self.kernel).run()
             assert torch.equal(alone[0], together[i])
 
 
 def check_kv_commit(
-    contexts: list[int], path: Tensor, nodes: int, block_size: int, layers: int, heads: tuple[int, int], dtype: torch.dtype, device: str
-) -> None:
+    contexts: list[int], path: Tensor, nodes: int, block_size: int, layers: int, heads: tuple[int, int], dtype: torch.dtype, device: str,
+    run: Callable = kv_commit_triton,
+) -> None:  # fmt: skip
     """path: int64 [B, D + 1] over ``nodes`` nodes."""
     generator = torch.Generator().manual_seed(nodes)
     per_request = -(-(max(contexts) + nodes) // block_size)
@@ -101,6 +105,6 @@ def check_kv_commit(
     expected = k.clone(), v.clone()
     others = tables.to(device), torch.tensor(contexts, device=device), path.to(device)
     kv_commit_reference(*expected, *others)
-    kv_commit_triton(k, v, *others)
+    run(k, v, *others)
     assert torch.equal(k, expected[0])
     assert torch.equal(v, expected[1])

@@ -1,6 +1,7 @@
 """The verification kernels against their references on one device: on the CPU for the interpreter's tests, on a GPU for its own."""
 
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,12 +13,12 @@ from kernels.tree_mask import tree_mask
 from kernels.tree_verify import select_tokens, tree_verify_reference, tree_verify_triton
 
 
-def check_noise(rows: int, vocab: int, device: str) -> None:
+def check_noise(rows: int, vocab: int, device: str, run: Callable = gumbel_noise_triton) -> None:
     """The bits are the same, so that the noise differs by the logarithm's rounding alone."""
     generator = torch.Generator().manual_seed(rows + vocab)
     seeds = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=generator).to(device)
     positions = torch.randint(0, 2**31, (rows,), generator=generator).to(device)
-    ours, expected = gumbel_noise_triton(seeds, positions, vocab), gumbel_noise_reference(seeds, positions, vocab)
+    ours, expected = run(seeds, positions, vocab), gumbel_noise_reference(seeds, positions, vocab)
     torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-6)
 
 
@@ -65,7 +66,10 @@ def random_parents(rng: random.Random, batch: int, nodes: int) -> Tensor:
     return torch.tensor([[0, *(rng.randrange(max(0, node - r), node) for node in range(1, nodes))] for r in reach])
 
 
-def check_tree_verify(seed: int, batch: int, nodes: int, vocab: int, dtype: torch.dtype, parts: str, sampled: bool, device: str) -> None:
+def check_tree_verify(
+    seed: int, batch: int, nodes: int, vocab: int, dtype: torch.dtype, parts: str, sampled: bool, device: str,
+    run: Callable = tree_verify_triton,
+) -> None:  # fmt: skip
     """Path, count, committed tokens and health of random trees that mostly follow the target.
 
     Requests in which rounding could decide (two scores or a filter's edge too close) may differ; few may be so.
@@ -90,7 +94,7 @@ def check_tree_verify(seed: int, batch: int, nodes: int, vocab: int, dtype: torc
         wanted = select_tokens(logits, options, noise, tokens, depth, ancestors).gather(1, parent)
         tokens = torch.where(follow & (depth == level) & (tokens >= 0), wanted, tokens)
 
-    ours = tree_verify_triton(logits, options, noise, tokens, parent, depth, ancestors, max_depth)
+    ours = run(logits, options, noise, tokens, parent, depth, ancestors, max_depth)
     expected = tree_verify_reference(logits, options, noise, tokens, parent, depth, ancestors, max_depth)
     clear = ~close_calls(logits, options, noise, tokens, depth, ancestors)
     assert batch < 4 or clear.float().mean() >= 0.5
@@ -99,7 +103,7 @@ def check_tree_verify(seed: int, batch: int, nodes: int, vocab: int, dtype: torc
         assert torch.equal(mine[clear], other[clear])
 
 
-def check_ties_infinities_and_nan(dtype: torch.dtype, device: str) -> None:
+def check_ties_infinities_and_nan(dtype: torch.dtype, device: str, run: Callable = tree_verify_triton) -> None:
     """The first of equal scores wins, in whatever tile; a row of -inf gives token 0; NaN is reported and disturbs no one."""
     logits = torch.zeros(5, 1, 3000, dtype=dtype, device=device)
     logits[0, 0, [1500, 2500]] = 1
@@ -108,7 +112,7 @@ def check_ties_infinities_and_nan(dtype: torch.dtype, device: str) -> None:
     logits[3, 0, 2047] = float("inf")
     root = torch.zeros(5, 1, dtype=torch.long, device=device)
     options = SamplingBatch(torch.ones(5, device=device), None, None, None, None)
-    ours = tree_verify_triton(logits, options, None, root, root, root, root + 1, 0)
+    ours = run(logits, options, None, root, root, root, root + 1, 0)
     expected = tree_verify_reference(logits, options, None, root, root, root, root + 1, 0)
     assert ours[3].tolist() == expected[3].tolist() == [True, True, False, True, True]
     healthy = ours[3]

@@ -1,0 +1,98 @@
+"""The kernels of ``cpu.cpp``, which the compiler that is found compiles for the processor that it finds, once."""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+SOURCE = Path(__file__).with_name("cpu.cpp")
+# Sums in any order and no traps let loops become vector instructions; unlike -ffast-math, NaN and infinity keep their meaning.
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros",
+    "-shared", "-fPIC",
+)  # fmt: skip
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_POINTER, _INDEX, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+ARGUMENTS = {
+    "linear": [*3 * [_POINTER], *3 * [_INDEX], _POINTER],
+    "int8_linear": [*4 * [_POINTER], *3 * [_INDEX], _POINTER],
+    "add_rms_norm": [*3 * [_POINTER], _FLOAT, *2 * [_INDEX], *2 * [_POINTER]],
+    "gated_silu": [_POINTER, *2 * [_INDEX], _POINTER],
+    "rope_store": [_POINTER, _INDEX, _POINTER, _INDEX, *4 * [_POINTER], *4 * [_INDEX], *3 * [_POINTER]],
+    "gumbel_noise": [*2 * [_POINTER], *2 * [_INDEX], _POINTER],
+    "tree_verify": [*2 * [_POINTER], *2 * [_INDEX], *2 * [_POINTER], _INDEX, *4 * [_POINTER], *3 * [_INDEX], *4 * [_POINTER]],
+    "kv_commit": [*2 * [_POINTER], *3 * [_INDEX], _POINTER, *2 * [_INDEX], *2 * [_POINTER], *3 * [_INDEX]],
+    "tree_attention": [_POINTER, *3 * [_INDEX], *9 * [_POINTER], *12 * [_INDEX], _FLOAT, _POINTER],
+}
+
+
+def serves(x: Tensor) -> bool:
+    """Whether there are kernels for ``x``: on a CPU, of a type that they have, where no gradient is wanted and a compiler was found."""
+    return x.device.type == "cpu" and x.dtype in NAMES and not torch.is_grad_enabled() and library() is not None
+
+
+def launch(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
+    """Run a kernel on the memory of tensors; None is no memory."""
+    _functions()[name, dtype](*[part.data_ptr() if isinstance(part, Tensor) else part for part in arguments])
+
+
+@cache
+def _functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
+    """By name and type."""
+    found = {}
+    for name, arguments in ARGUMENTS.items():
+        for dtype, kind in NAMES.items():
+            function = getattr(library(), f"{name}_{kind}", None)
+            if function is not None:
+                function.argtypes, function.restype = arguments, None
+                found[name, dtype] = function
+    return found
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, and a warning, where that fails: then the references run in their place."""
+    try:
+        return ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        logger.warning("the CPU kernels cannot be compiled, so that torch's operations run in their place, which are slower: %s", said)
+        return None
+
+
+def _compiled() -> Path:
+    """The file of the compiled kernels, in the user's cache where one can be written."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise FileNotFoundError("no C++ compiler was found; install one, or name it in the environment variable CXX")
+    command = [compiler, *FLAGS, str(SOURCE), "-o"]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256("\n".join((SOURCE.read_text(), *command, version, platform.machine(), _features())).encode()).hexdigest()[:16]
+    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vsd-serve"
+    path = directory / f"kernels-{key}.so"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory) as own:  # several processes may do this at once
+            subprocess.run([*command, f"{own}/kernels.so"], capture_output=True, text=True, check=True)
+            os.replace(f"{own}/kernels.so", path)
+    return path
+
+
+def _features() -> str:
+    """What the processor can do, where Linux tells it: a cache may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
