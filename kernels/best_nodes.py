@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.jit import jit, tl, triton
 
 CHUNK = 64  # candidates that a program compares with as many at a time
@@ -92,6 +93,16 @@ def best_nodes_triton(
     return token, parent
 
 
+def best_nodes_cpu(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float) -> tuple[Tensor, Tensor]:
+    """``best_nodes`` in one call."""
+    batch, drafted = scores.shape
+    most = min(nodes - 1, drafted)
+    out = roots.new_empty(2, batch, most + 1)
+    inputs = (part.contiguous() for part in (roots, scores, tokens, parents))
+    count = cpu.launch("best_nodes", torch.float32, *inputs, batch, drafted, most, node_price, out[0], out[1])
+    return out[0, :, : count + 1], out[1, :, : count + 1]
+
+
 def best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, node_price: float) -> tuple[Tensor, Tensor]:
     """The root and the best ``nodes`` - 1 of M drafted nodes, parents before children, as tokens and parents int64 [B, N].
 
@@ -100,5 +111,5 @@ def best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, n
     for trees to have n of them, 0: N = min(nodes, M + 1). Where a request has fewer, dead nodes come last: token -1, parent 0. A
     child never scores above its parent, and of equal scores the first stays: a kept node's parent is kept.
     """
-    best = best_nodes_triton if scores.is_cuda else best_nodes_reference
+    best = best_nodes_triton if scores.is_cuda else best_nodes_cpu if cpu.serves(scores) else best_nodes_reference
     return best(roots, scores, tokens, parents, nodes, node_price)

@@ -30,6 +30,9 @@ ARGUMENTS = {
     "add_rms_norm": [*3 * [_POINTER], _FLOAT, *2 * [_INDEX], *2 * [_POINTER]],
     "gated_silu": [_POINTER, *2 * [_INDEX], _POINTER],
     "rope_store": [_POINTER, _INDEX, _POINTER, _INDEX, *4 * [_POINTER], *4 * [_INDEX], *3 * [_POINTER]],
+    "tree_mask": [_POINTER, *3 * [_INDEX], *2 * [_POINTER]],
+    "best_nodes": [*4 * [_POINTER], *3 * [_INDEX], _FLOAT, *2 * [_POINTER]],
+    "draft_level": [*3 * [_POINTER], _INDEX, *3 * [_POINTER], *4 * [_INDEX], *6 * [_POINTER]],
     "gumbel_noise": [*2 * [_POINTER], *2 * [_INDEX], _POINTER],
     "tree_verify": [*2 * [_POINTER], *2 * [_INDEX], *2 * [_POINTER], _INDEX, *4 * [_POINTER], *3 * [_INDEX], *4 * [_POINTER]],
     "kv_commit": [*2 * [_POINTER], *3 * [_INDEX], _POINTER, *2 * [_INDEX], *2 * [_POINTER], *3 * [_INDEX]],
@@ -42,20 +45,20 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in NAMES and not torch.is_grad_enabled() and library() is not None
 
 
-def launch(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
-    """Run a kernel on the memory of tensors; None is no memory."""
-    _functions()[name, dtype](*[part.data_ptr() if isinstance(part, Tensor) else part for part in arguments])
+def launch(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> int:
+    """Run a kernel on the memory of tensors; None is no memory. Only ``best_nodes`` returns something."""
+    return _functions()[name, dtype](*[part.data_ptr() if isinstance(part, Tensor) else part for part in arguments])
 
 
 @cache
-def _functions() -> dict[tuple[str, torch.dtype], Callable[..., None]]:
+def _functions() -> dict[tuple[str, torch.dtype], Callable[..., int]]:
     """By name and type."""
     found = {}
     for name, arguments in ARGUMENTS.items():
         for dtype, kind in NAMES.items():
             function = getattr(library(), f"{name}_{kind}", None)
             if function is not None:
-                function.argtypes, function.restype = arguments, None
+                function.argtypes, function.restype = arguments, _INDEX
                 found[name, dtype] = function
     return found
 

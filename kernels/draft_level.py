@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.filter_cuts import filter_cuts_triton
 from kernels.jit import jit, tl, triton
 from kernels.noise import Noise, gumbel_at, gumbel_tile
-from kernels.sampling import OptionPointers, SamplingBatch, TreePointers, adjust, apply_options, load_options
+from kernels.sampling import OptionPointers, SamplingBatch, TreePointers, adjust, apply_options, has_kernel, load_options
 
 BLOCK = 512  # tokens of the vocabulary that a program scores
 MOST_SEGMENTS = 2048  # of a row: what a program can hold that looks for the best
@@ -213,6 +214,32 @@ def draft_level_triton(
     return level
 
 
+def draft_level_cpu(
+    logits: Tensor,
+    options: SamplingBatch,
+    noise: Noise | None,
+    depth: int,
+    sigma: Tensor,
+    target_ids: Tensor | None,
+    scores: Tensor,
+    topk: int,
+) -> DraftLevel:
+    """``draft_level`` in one call, for options of ``has_kernel``."""
+    batch, rows, vocab = logits.shape
+    level = DraftLevel(
+        torch.empty(batch, rows * topk),
+        torch.empty(batch, rows * topk, dtype=torch.long),
+        torch.empty(batch, topk),
+        *(torch.empty(batch, topk, dtype=torch.long) for _ in range(3)),
+    )
+    drawn = None if noise is None else noise.values[:, depth]
+    cpu.launch(
+        "draft_level", logits.dtype, logits.contiguous(), options.temperature, drawn, 0 if drawn is None else drawn.stride(0),
+        sigma.contiguous(), target_ids, scores.contiguous(), batch, rows, vocab, topk, *level,
+    )  # fmt: skip
+    return level
+
+
 def draft_level(
     logits: Tensor,
     options: SamplingBatch,
@@ -230,5 +257,7 @@ def draft_level(
     logits [B, R, Vd] of the head; depth: of the rows' nodes; sigma float32 [B]; target_ids int64 [Vd]: of a reduced draft vocabulary,
     None where draft ids are target ids; scores float32 [B, R]: of the rows; topk at most Vd. Ties go either way.
     """
+    if not logits.is_cuda and has_kernel(_of_draft(options, target_ids)) and cpu.serves(logits):
+        return draft_level_cpu(logits, options, noise, depth, sigma, target_ids, scores, topk)
     level = draft_level_triton if logits.is_cuda else draft_level_reference
     return level(logits, options, noise, depth, sigma, target_ids, scores, topk)

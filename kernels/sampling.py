@@ -60,6 +60,11 @@ class SamplingBatch(NamedTuple):
     allowed: Allowed | None = None
 
 
+def has_kernel(options: SamplingBatch) -> bool:
+    """Whether the CPU's kernels know these options: temperature alone."""
+    return all(part is None for part in options[1:])
+
+
 def apply_options(logits: Tensor, options: SamplingBatch, tokens: Tensor, depth: Tensor, ancestors: Tensor) -> Tensor:
     """Logits after every option: bias, bans and grammar, penalties, temperature, filters; never written in place.
 

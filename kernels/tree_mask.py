@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.jit import jit, tl, triton
 
 MAX_NODES = 64  # bits in one int64 word
@@ -20,7 +21,8 @@ def tree_mask(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
     Returns ancestors int64 [B, N] (bit j set: node j is an ancestor or the node itself) and depth int64 [B, N]. More than 64 nodes
     take ceil(N / 64) words each: ancestors is then int64 [B, N, words], node j being bit j % 64 of word j // 64.
     """
-    return (tree_mask_triton if parent.is_cuda else tree_mask_reference)(parent, max_depth)
+    run = tree_mask_triton if parent.is_cuda else tree_mask_cpu if cpu.library() else tree_mask_reference
+    return run(parent, max_depth)
 
 
 def tree_mask_reference(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
@@ -35,6 +37,15 @@ def tree_mask_reference(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]
         depth = depth + depth.gather(1, jump)
         jump = jump.gather(1, jump)
     return words[0] if len(words) == 1 else torch.stack(words, dim=-1), depth
+
+
+def tree_mask_cpu(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
+    """``tree_mask`` in one call, for parents that come before their children."""
+    (batch, nodes), words = parent.shape, _words(parent)
+    ancestors = parent.new_empty((batch, nodes) if words == 1 else (batch, nodes, words))
+    depth = parent.new_empty(batch, nodes)
+    cpu.launch("tree_mask", torch.float32, parent.contiguous(), batch, nodes, words, ancestors, depth)
+    return ancestors, depth
 
 
 def tree_mask_triton(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from kernels import cpu
 from kernels.filter_cuts import filter_cuts_triton
 from kernels.jit import jit, tl, triton
 from kernels.noise import Noise, gumbel_tile
-from kernels.sampling import OptionPointers, SamplingBatch, TreePointers, adjust, apply_options, load_options
+from kernels.sampling import OptionPointers, SamplingBatch, TreePointers, adjust, apply_options, has_kernel, load_options
 
 PROGRAMS = 4096  # that keep every multiprocessor busy; where no noise is made anew in each, four times as many
 
@@ -244,11 +244,6 @@ def tree_verify_cpu(
         *(part.contiguous() for part in (tokens, parent, depth, ancestors)), batch, nodes, max_depth, path, accepted, committed, healthy,
     )  # fmt: skip
     return path, accepted, committed, healthy
-
-
-def has_kernel(options: SamplingBatch) -> bool:
-    """Whether ``tree_verify_cpu`` knows these options: temperature alone."""
-    return all(part is None for part in options[1:])
 
 
 def tree_verify(

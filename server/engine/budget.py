@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
-from server.engine.costs import StepCost, powers_of_two
+from server.engine.costs import MEASURED_ROWS, StepCost, powers_of_two
 from server.engine.drafter import TreeShape
 from server.engine.ngram import Draft
 from server.engine.request import WARMEST, Request
@@ -17,8 +17,8 @@ from server.engine.texts import NOTHING, Text, TextRule, total
 START_GAIN = 1.1  # expected speed-up over plain decoding from which on requests draft: estimates err by as much
 STOP_GAIN = 1.0  # and below which they stop: a run of bad luck is not yet a reason
 OPTIMISM = 1.15  # of the first estimate: it knows fixed trees alone, and a rule that never drafts never learns
-PROBE = 16  # steps after which one of the requests that do not draft does so, to see whether it has become worth while,
-MAX_PROBE = 256  # and at most, since every try that is of no use doubles them
+PROBE, MAX_PROBE = 16, 256  # steps after which one of the requests that do not draft does so, to see whether it pays by now: so many that
+PROBED_SHARE = 0.005  # such tries take no more of the time, as far as it is known what they cost
 TRIES, TRYING = 12, 8  # drafts of a class until its estimate is trusted, by one in so many of a step's requests,
 EAGER = 2  # which does so once in so many steps, whatever is expected of it
 CHECK, FIRST_CHECKS = 64, (6, 16, 32)  # drafting steps of which one decodes plainly, to compare them; which do so before,
@@ -122,7 +122,7 @@ class LoadRule:
             if best and self._checks(speed * cost.plain / batch):
                 left_out = able[:best]
             else:
-                chosen = self._trusted(able[:best], batch) + self._probe(able[best:])
+                chosen = self._trusted(able[:best], batch) + self._probe(able[best:], batch)
             self._rest, self._batch = 0 if best or chosen or texts else _REST, batch
         level = self._cost(len(chosen)).level if chosen else 0.0
         plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, batch)
@@ -182,23 +182,28 @@ class LoadRule:
                 kept.append(request)
         return kept
 
-    def _probe(self, idle: list[Request]) -> list[Request]:
+    def _probe(self, idle: list[Request], batch: int) -> list[Request]:
         """The request that drafts all the same, now and then: the one whose draft cache is the least behind."""
         if not idle:
-            self._interval, self._since_probe = PROBE, 0
+            self._since_probe = 0
             return []
         self._since_probe += 1
         unknown = [request for request in idle if self._tries[request.warmth] < TRIES]
         if unknown and self._since_probe >= EAGER:
             self._since_probe = 0
             return [min(unknown, key=lambda request: request.num_pending)]
+        chosen = min(idle, key=lambda request: request.num_pending)
+        size, plain = self._sizes[self._kind_of([chosen], 1)], self._cost(batch).plain
+        accepted = min(self._worth_of(chosen) * size.gain, size.nodes)
+        loss = self._seconds(batch, 1, size, accepted + self._late(chosen)) / plain - (batch + accepted) / batch  # in plain steps
+        self._interval = int(min(max(loss / PROBED_SHARE, PROBE), MAX_PROBE))
         if self._since_probe < self._interval:
             return []
         faded = min(1.0, _FADING * self._interval)
         for request in idle:
             request.worth = self._worth_of(request) + (self._shared_worth(request) - self._worth_of(request)) * faded
-        self._interval, self._since_probe = min(2 * self._interval, MAX_PROBE), 0
-        return [min(idle, key=lambda request: request.num_pending)]
+        self._since_probe = 0
+        return [chosen]
 
     def observe(self, plan: Plan, seconds: float | None) -> None:
         """Learn from a step; ``seconds`` None where it had other work as well."""
@@ -213,7 +218,8 @@ class LoadRule:
         kind = self._kind_of(plan.drafting, count)
         gains = [self.usual(1 + drafted) for _, drafted, _ in plan.drafts]
         new = _Size(plan.levels, sum(drafted for _, drafted, _ in plan.drafts) / count, sum(gains) / count)
-        if seconds is not None and 4 * count >= plan.batch:  # else it says more of the others
+        # With few of the batch, or with a prompt to catch up with, it would say more of other things.
+        if seconds is not None and 4 * count >= plan.batch and plan.rows <= MEASURED_ROWS * count:
             self._compare(size, True, math.log(seconds / self._seconds(plan.batch, count, new, plan.rows)))
         tree = self._sizes[kind] = _Size(*(old + (now - old) * _OWN for old, now in zip(self._sizes[kind], new, strict=True)))
         for fewer in self._batches[: self._batches.index(kind[0])]:

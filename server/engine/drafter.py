@@ -1,5 +1,6 @@
 """Drafts with an EAGLE-3 head, and keeps the head's cache true."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -226,12 +227,13 @@ def _worthwhile(scores: Tensor, parents: Tensor, shape: TreeShape) -> int:
     """
     if shape.level_price == shape.node_price == 0:
         return scores.shape[1]
-    survival = scores.exp()
-    worth = torch.where(survival >= shape.node_price, survival, 0.0)
-    kept = (worth.sum() / parents.exp().sum()).clamp(max=1.0)
-    bought = (worth * kept - shape.node_price).clamp(min=0.0).sum()
-    *columns, gain = torch.cat((survival.sum(0), bought[None])).tolist()
-    return sum(tokens >= shape.node_price * len(scores) for tokens in columns) if gain >= shape.level_price else 0
+    survival = [[math.exp(score) for score in row] for row in scores.tolist()]
+    worth = [own for row in survival for own in row if own >= shape.node_price]
+    above = sum(math.exp(score) for row in parents.tolist() for score in row)
+    kept = min(1.0, sum(worth) / above) if above else 0.0
+    bought = sum(max(0.0, own * kept - shape.node_price) for own in worth)
+    tokens = map(sum, zip(*survival, strict=True))
+    return sum(own >= shape.node_price * len(survival) for own in tokens) if bought >= shape.level_price else 0
 
 
 def _by_level(rows: Tensor, topk: int) -> Tensor:

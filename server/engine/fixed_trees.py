@@ -37,7 +37,9 @@ class FixedTreeRule(LoadRule):
         self._factors: dict[tuple[int, TreeShape], float] = {}  # by class of requests
         self._seen: Counter[tuple[int, TreeShape]] = Counter()  # drafts that they were learned from
         self._favourite = self._plain
-        self._probes: defaultdict[int, tuple[int, int]] = defaultdict(lambda: (PROBE, 0))  # by batch size: as in ``LoadRule``
+        self._probes: defaultdict[int, tuple[int, int]] = defaultdict(
+            lambda: (PROBE, 0)
+        )  # by batch size: steps between tries, and since the last
 
     def choose(self, requests: list[Request], guesses: list[Draft] | None = None) -> Plan:
         """Of texts alone, what a grammar demands is verified wherever trees were timed; it is looked up later."""

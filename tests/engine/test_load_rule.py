@@ -169,7 +169,10 @@ def test_useless_tries_become_rare() -> None:
     tries = [i for i, step in enumerate(history) if step]
     gaps = [after - before for before, after in itertools.pairwise(tries)]
     assert all(len(history[i]) == 1 for i in tries[3:]), "one request at a time"
-    assert max(gaps) == gaps[-1] == budget.MAX_PROBE
+    assert gaps[-1] == budget.MAX_PROBE
+    rule = LoadRule(SHAPE, machine(0.1, 0.1), ACCEPTANCE)
+    near = [i for i, step in enumerate(play(rule, crowd(4), lambda _: 0, 1000)) if step]
+    assert max(after - before for before, after in itertools.pairwise(near)) < budget.MAX_PROBE, "less is lost by them"
 
 
 @pytest.mark.parametrize("batch", [1, 8])
@@ -381,7 +384,7 @@ def test_measuring_ends_and_larger_batches_then_decode_plainly(monkeypatch: pyte
     costs = measure_costs(lambda batch, shape: 1e-3, lambda batch, rows: 1e-4, SHAPE, 32)
     assert costs[1].base < 1 < costs[32].base
     rule = experienced(SHAPE, costs, ACCEPTANCE)
-    assert not any(play(rule, crowd(32), lambda _: 5, budget.PROBE - 1))
+    assert not any(play(rule, crowd(32), lambda _: 5, budget.MAX_PROBE - 1))
 
 
 # Trees at a price

@@ -1,6 +1,7 @@
 """The kernels of a draft level against their references on one device: on the CPU for the interpreter's tests, on a GPU for its own."""
 
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -13,8 +14,9 @@ from tests.kernels.check_tree_verify import random_options, to_device
 
 
 def check_draft_level(
-    seed: int, batch: int, rows: int, vocab: int, topk: int, dtype: torch.dtype, parts: str, reduced: bool, sampled: bool, device: str
-) -> None:
+    seed: int, batch: int, rows: int, vocab: int, topk: int, dtype: torch.dtype, parts: str, reduced: bool, sampled: bool, device: str,
+    run: Callable = draft_level_triton,
+) -> None:  # fmt: skip
     """Scores agree; so do tokens and choices wherever a score is far enough from the next that rounding cannot swap them."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     target_vocab = vocab * 3 if reduced else vocab
@@ -31,7 +33,7 @@ def check_draft_level(
     sigma = torch.tensor([rng.choice([0.4, 1.0, 1.3]) for _ in range(batch)], device=device)
     scores = -torch.rand(batch, rows, generator=generator).to(device)
     arguments = (logits, options, noise, 2, sigma, target_ids, scores, topk)
-    ours, expected = draft_level_triton(*arguments), draft_level_reference(*arguments)
+    ours, expected = run(*arguments), draft_level_reference(*arguments)
     for mine, other in zip(ours, expected, strict=True):
         assert mine.shape == other.shape
         assert mine.dtype == other.dtype
@@ -71,10 +73,12 @@ def random_pools(rng: random.Random, batch: int, topk: int, levels: int, vocab: 
     return torch.tensor(scores), torch.tensor(tokens), torch.tensor(parents)
 
 
-def check_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, node_price: float, device: str) -> None:
+def check_best_nodes(
+    seed: int, batch: int, topk: int, levels: int, nodes: int, node_price: float, device: str, run: Callable = best_nodes_triton
+) -> None:
     pool = random_pools(random.Random(seed), batch, topk, levels, 1000)
     arguments = [part.to(device) for part in (torch.arange(batch), *pool)]
-    ours, expected = (choose(*arguments, nodes, node_price) for choose in (best_nodes_triton, best_nodes_reference))
+    ours, expected = (choose(*arguments, nodes, node_price) for choose in (run, best_nodes_reference))
     for mine, other in zip(ours, expected, strict=True):
         assert torch.equal(mine, other)
 

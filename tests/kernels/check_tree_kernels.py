@@ -27,8 +27,8 @@ def shuffled_tables(batch: int, per_request: int, generator: torch.Generator) ->
     return (torch.randperm(batch * per_request, generator=generator) + 1).view(batch, per_request)
 
 
-def check_tree_mask(parent: Tensor, max_depth: int) -> None:
-    for ours, expected in zip(tree_mask_triton(parent, max_depth), tree_mask_reference(parent, max_depth), strict=True):
+def check_tree_mask(parent: Tensor, max_depth: int, run: Callable = tree_mask_triton) -> None:
+    for ours, expected in zip(run(parent, max_depth), tree_mask_reference(parent, max_depth), strict=True):
         assert torch.equal(ours, expected)
 
 

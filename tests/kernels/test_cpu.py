@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import cpu
+from kernels.best_nodes import best_nodes_cpu
 from kernels.cpu_linear import padded, panel_linear, panel_linear_cpu, panel_linear_reference, panels_of
+from kernels.draft_level import draft_level_cpu
 from kernels.gated_silu import gated_silu_cpu
 from kernels.kv_commit import kv_commit_cpu
 from kernels.noise import Noise, NoiseKey, gumbel_noise_cpu
@@ -20,10 +22,11 @@ from kernels.rms_norm import add_rms_norm, rms_norm_cpu
 from kernels.rope_store import rope_store_cpu
 from kernels.sampling import SamplingBatch
 from kernels.tree_attention import tree_attention, tree_attention_cpu
-from kernels.tree_mask import tree_mask
+from kernels.tree_mask import tree_mask, tree_mask_cpu
 from kernels.tree_verify import tree_verify, tree_verify_cpu
+from tests.kernels.check_draft_level import check_best_nodes, check_draft_level
 from tests.kernels.check_layer_kernels import check_gated_silu, check_rms_norm, check_rope_store
-from tests.kernels.check_tree_kernels import AttentionCase, check_kv_commit
+from tests.kernels.check_tree_kernels import AttentionCase, check_kv_commit, check_tree_mask, random_forest
 from tests.kernels.check_tree_verify import check_noise, check_ties_infinities_and_nan, check_tree_verify, random_parents
 from tests.kernels.trees import forests, words
 
@@ -164,6 +167,43 @@ def test_kv_commit(contexts: list[int], nodes: int, data: st.DataObject) -> None
     paths = [[0, *sorted(data.draw(rows))] for _ in contexts]
     path = torch.tensor([own + [-1] * (depth + 1 - len(own)) for own in paths])
     check_kv_commit(contexts, path, nodes, data.draw(st.sampled_from([1, 3, 16])), 2, (2, 8), data.draw(DTYPES), "cpu", kv_commit_cpu)
+
+
+@given(forests(max_batch=4, max_nodes=64))
+def test_tree_mask(forest: list[list[int]]) -> None:
+    check_tree_mask(torch.tensor(forest), len(forest[0]), tree_mask_cpu)
+
+
+def test_tree_mask_of_two_words() -> None:
+    check_tree_mask(random_forest(2, 128, 3), 128, tree_mask_cpu)
+
+
+@given(
+    st.integers(0, 10**6), st.integers(1, 3), st.sampled_from([5, 90, 1300]), st.integers(1, 5), DTYPES, st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_draft_level(seed: int, rows: int, vocab: int, topk: int, dtype: torch.dtype, reduced: bool, sampled: bool) -> None:
+    check_draft_level(seed, 2, rows, vocab, topk, dtype, "", reduced, sampled, "cpu", draft_level_cpu)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf])
+def test_a_row_without_children(odd: float) -> None:
+    """NaN and infinity leave none of its row; the other row's are as they were."""
+    logits = torch.randn(1, 2, 100)
+    logits[0, 0, 70] = odd
+    if odd < 0:
+        logits[0, 0] = odd
+    level = draft_level_cpu(logits, SamplingBatch(*[None] * 5), None, 0, torch.ones(1), None, torch.zeros(1, 2), 3)
+    assert level.scores[0, :3].isneginf().all()
+    torch.testing.assert_close(level.scores[0, 3:], logits[0, 1].log_softmax(-1).topk(3).values)
+    assert level.best_rows.tolist() == [[1, 1, 1]]
+
+
+@given(
+    st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.sampled_from([2, 5, 16, 64]),
+    st.sampled_from([0.0, 0.3]),
+)  # fmt: skip
+def test_best_nodes(seed: int, batch: int, topk: int, levels: int, nodes: int, node_price: float) -> None:
+    check_best_nodes(seed, batch, topk, levels, nodes, node_price, "cpu", best_nodes_cpu)
 
 
 @pytest.mark.parametrize("vocab", [1, 3, 255, 256, 257, 5000])
