@@ -99,7 +99,7 @@ def best_nodes_cpu(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tenso
     most = min(nodes - 1, drafted)
     out = roots.new_empty(2, batch, most + 1)
     inputs = (part.contiguous() for part in (roots, scores, tokens, parents))
-    count = cpu.launch("best_nodes", torch.float32, *inputs, batch, drafted, most, node_price, out[0], out[1])
+    count = cpu.launch("best_nodes", None, *inputs, batch, drafted, most, node_price, out[0], out[1])
     return out[0, :, : count + 1], out[1, :, : count + 1]
 
 

@@ -1,4 +1,4 @@
-"""The kernels of ``cpu.cpp``, which the compiler that is found compiles for the processor that it finds, once."""
+"""The kernels of ``native``: C++ that is compiled where it runs, by the compiler that is found there, for its processor."""
 
 import ctypes
 import hashlib
@@ -16,27 +16,27 @@ import torch
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = Path(__file__).with_name("native")
 # Sums in any order and no traps let loops become vector instructions; unlike -ffast-math, NaN and infinity keep their meaning.
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros",
-    "-shared", "-fPIC",
+    "-shared", "-fPIC", "-fvisibility=hidden",
 )  # fmt: skip
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _POINTER, _INDEX, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {
-    "linear": [*3 * [_POINTER], *3 * [_INDEX], _POINTER],
+    "linear": [*4 * [_POINTER], *3 * [_INDEX], _POINTER],
     "int8_linear": [*4 * [_POINTER], *3 * [_INDEX], _POINTER],
     "add_rms_norm": [*3 * [_POINTER], _FLOAT, *2 * [_INDEX], *2 * [_POINTER]],
     "gated_silu": [_POINTER, *2 * [_INDEX], _POINTER],
     "rope_store": [_POINTER, _INDEX, _POINTER, _INDEX, *4 * [_POINTER], *4 * [_INDEX], *3 * [_POINTER]],
-    "tree_mask": [_POINTER, *3 * [_INDEX], *2 * [_POINTER]],
-    "best_nodes": [*4 * [_POINTER], *3 * [_INDEX], _FLOAT, *2 * [_POINTER]],
+    "tree_attention": [_POINTER, *3 * [_INDEX], *9 * [_POINTER], *12 * [_INDEX], _FLOAT, _POINTER],
+    "kv_commit": [*2 * [_POINTER], *3 * [_INDEX], _POINTER, *2 * [_INDEX], *2 * [_POINTER], *3 * [_INDEX]],
+    "tree_verify": [*2 * [_POINTER], *2 * [_INDEX], *2 * [_POINTER], _INDEX, *4 * [_POINTER], *3 * [_INDEX], *4 * [_POINTER]],
     "draft_level": [*3 * [_POINTER], _INDEX, *3 * [_POINTER], *4 * [_INDEX], *6 * [_POINTER]],
     "gumbel_noise": [*2 * [_POINTER], *2 * [_INDEX], _POINTER],
-    "tree_verify": [*2 * [_POINTER], *2 * [_INDEX], *2 * [_POINTER], _INDEX, *4 * [_POINTER], *3 * [_INDEX], *4 * [_POINTER]],
-    "kv_commit": [*2 * [_POINTER], *3 * [_INDEX], _POINTER, *2 * [_INDEX], *2 * [_POINTER], *3 * [_INDEX]],
-    "tree_attention": [_POINTER, *3 * [_INDEX], *9 * [_POINTER], *12 * [_INDEX], _FLOAT, _POINTER],
+    "tree_mask": [_POINTER, *3 * [_INDEX], *2 * [_POINTER]],
+    "best_nodes": [*4 * [_POINTER], *3 * [_INDEX], _FLOAT, *2 * [_POINTER]],
 }
 
 
@@ -45,22 +45,21 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in NAMES and not torch.is_grad_enabled() and library() is not None
 
 
-def launch(name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> int:
-    """Run a kernel on the memory of tensors; None is no memory. Only ``best_nodes`` returns something."""
-    return _functions()[name, dtype](*[part.data_ptr() if isinstance(part, Tensor) else part for part in arguments])
+def launch(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | None) -> int:
+    """Run a kernel, for elements of ``dtype`` where there are several, on the memory of tensors; None is no memory. ``best_nodes`` alone
+    returns something.
+    """
+    return _kernel(name, dtype)(*[part.data_ptr() if isinstance(part, Tensor) else part for part in arguments])
 
 
 @cache
-def _functions() -> dict[tuple[str, torch.dtype], Callable[..., int]]:
-    """By name and type."""
-    found = {}
-    for name, arguments in ARGUMENTS.items():
-        for dtype, kind in NAMES.items():
-            function = getattr(library(), f"{name}_{kind}", None)
-            if function is not None:
-                function.argtypes, function.restype = arguments, _INDEX
-                found[name, dtype] = function
-    return found
+def _kernel(name: str, dtype: torch.dtype | None) -> Callable[..., int]:
+    loaded, full = library(), name if dtype is None else f"{name}_{NAMES[dtype]}"
+    assert loaded is not None
+    loaded.kernel.restype = _POINTER
+    address = loaded.kernel(full.encode())
+    assert address is not None, f"there is no kernel {full}"
+    return ctypes.CFUNCTYPE(_INDEX, *ARGUMENTS[name])(address)
 
 
 @cache
@@ -75,21 +74,33 @@ def library() -> ctypes.CDLL | None:
 
 
 def _compiled() -> Path:
-    """The file of the compiled kernels, in the user's cache where one can be written."""
+    """The file of the compiled kernels."""
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
         raise FileNotFoundError("no C++ compiler was found; install one, or name it in the environment variable CXX")
-    command = [compiler, *FLAGS, str(SOURCE), "-o"]
+    command = [compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o"]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join((SOURCE.read_text(), *command, version, platform.machine(), _features())).encode()).hexdigest()[:16]
-    directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vsd-serve"
+    sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
+    key = hashlib.sha256("\n".join((*sources, *command, version, platform.machine(), _features())).encode()).hexdigest()[:16]
+    directory = _directory()
     path = directory / f"kernels-{key}.so"
     if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory) as own:  # several processes may do this at once
             subprocess.run([*command, f"{own}/kernels.so"], capture_output=True, text=True, check=True)
             os.replace(f"{own}/kernels.so", path)
     return path
+
+
+def _directory() -> Path:
+    """The user's cache as in the XDG base directory specification, or if it cannot be written a directory of this process alone."""
+    try:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vsd-serve"
+        directory.mkdir(parents=True, exist_ok=True)
+        if os.access(directory, os.W_OK):
+            return directory
+    except (OSError, RuntimeError):
+        pass
+    return Path(tempfile.mkdtemp(prefix="vsd-serve-"))
 
 
 def _features() -> str:

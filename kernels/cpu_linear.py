@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kernels import cpu
 
-PANEL = 32  # outputs that lie side by side; so it is in cpu.cpp
+PANEL = 32  # outputs that lie side by side; so it is in native/linear.h
 
 
 def panels_of(weight: Tensor) -> Tensor:
@@ -31,8 +31,8 @@ def panel_linear_cpu(x: Tensor, panels: Tensor, outputs: int, bias: Tensor | Non
     """``panel_linear`` in one call."""
     x, size = x.contiguous(), panels.shape[1]
     out = x.new_empty(*x.shape[:-1], outputs)
-    scales = () if scale is None else (scale,)
-    cpu.launch("int8_linear" if scales else "linear", x.dtype, x, panels, *scales, bias, x.numel() // size, size, outputs, out)
+    kernel = "linear" if scale is None else "int8_linear"
+    cpu.launch(kernel, x.dtype, x, panels, scale, bias, x.numel() // size, size, outputs, out)
     return out
 
 

@@ -122,7 +122,7 @@ def gumbel_noise_triton(seeds: Tensor, positions: Tensor, vocab_size: int) -> Te
 def gumbel_noise_cpu(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     """``gumbel_noise`` in one call."""
     out = torch.empty(len(seeds), vocab_size)
-    cpu.launch("gumbel_noise", torch.float32, seeds.contiguous(), positions.contiguous(), len(seeds), vocab_size, out)
+    cpu.launch("gumbel_noise", None, seeds.contiguous(), positions.contiguous(), len(seeds), vocab_size, out)
     return out
 
 

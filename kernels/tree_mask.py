@@ -44,7 +44,7 @@ def tree_mask_cpu(parent: Tensor, max_depth: int) -> tuple[Tensor, Tensor]:
     (batch, nodes), words = parent.shape, _words(parent)
     ancestors = parent.new_empty((batch, nodes) if words == 1 else (batch, nodes, words))
     depth = parent.new_empty(batch, nodes)
-    cpu.launch("tree_mask", torch.float32, parent.contiguous(), batch, nodes, words, ancestors, depth)
+    cpu.launch("tree_mask", None, parent.contiguous(), batch, nodes, words, ancestors, depth)
     return ancestors, depth
 
 

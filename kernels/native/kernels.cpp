@@ -1,0 +1,37 @@
+// The kernels for CPUs, each of which does what the Python reference of its name does, in one pass over memory and one call: a decoding
+// step of a small model is made of many operations that take less time than it takes to begin them.
+// Tensors are rows of elements one after the other, unless a stride (in elements) says otherwise. Sums are float.
+
+#include <map>
+#include <string>
+
+#include "attention.h"
+#include "layer.h"
+#include "linear.h"
+#include "trees.h"
+#include "verify.h"
+
+#define FOR_BOTH(NAME)                                       \
+    {#NAME "_float32", reinterpret_cast<void *>(NAME<float>)}, \
+    {#NAME "_bfloat16", reinterpret_cast<void *>(NAME<Bfloat16>)}
+
+// The address of a kernel, null where there is none of that name.
+extern "C" __attribute__((visibility("default"))) void *kernel(const char *name) {
+    static const std::map<std::string, void *> kernels = {
+        FOR_BOTH(add_rms_norm),
+        FOR_BOTH(gated_silu),
+        FOR_BOTH(rope_store),
+        FOR_BOTH(tree_attention),
+        FOR_BOTH(kv_commit),
+        FOR_BOTH(tree_verify),
+        FOR_BOTH(draft_level),
+        {"linear_float32", reinterpret_cast<void *>(linear<float, float>)},
+        {"int8_linear_float32", reinterpret_cast<void *>(linear<float, int8_t>)},
+        {"int8_linear_bfloat16", reinterpret_cast<void *>(linear<Bfloat16, int8_t>)},
+        {"gumbel_noise", reinterpret_cast<void *>(gumbel_noise)},
+        {"tree_mask", reinterpret_cast<void *>(tree_mask)},
+        {"best_nodes", reinterpret_cast<void *>(best_nodes)},
+    };
+    auto found = kernels.find(name);
+    return found == kernels.end() ? nullptr : found->second;
+}
