@@ -97,6 +97,8 @@ def best_nodes_cpu(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tenso
     """``best_nodes`` in one call."""
     batch, drafted = scores.shape
     most = min(nodes - 1, drafted)
+    if most == 0:
+        return roots[:, None], torch.zeros_like(roots)[:, None]
     out = roots.new_empty(2, batch, most + 1)
     inputs = (part.contiguous() for part in (roots, scores, tokens, parents))
     count = cpu.launch("best_nodes", None, *inputs, batch, drafted, most, node_price, out[0], out[1])

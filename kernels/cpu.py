@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -73,13 +74,19 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
+def version() -> str:
+    """Changes with what the kernels are compiled from, and by."""
+    loaded = library()
+    return "no kernels" if loaded is None else Path(loaded._name).stem
+
+
 def _compiled() -> Path:
     """The file of the compiled kernels."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler was found; install one, or name it in the environment variable CXX")
-    command = [compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o"]
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if shutil.which(compiler[0]) is None:
+        raise FileNotFoundError(f"no C++ compiler was found by the name of {compiler[0]}; install one, or set CXX")
+    command = [*compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o"]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
     key = hashlib.sha256("\n".join((*sources, *command, version, platform.machine(), _features())).encode()).hexdigest()[:16]
     directory = _directory()

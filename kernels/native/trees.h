@@ -23,7 +23,8 @@ inline void insert(float *values, Index *places, Index count, float value, Index
     values[i] = value, places[i] = place;
 }
 
-// As best_nodes has it, for trees of up to ``most`` nodes beside the root; the rows of tokens_out and parent_out have 1 + ``most``. Returns
+// As best_nodes has it, for trees of up to ``most`` nodes beside the root, at least one; a node whose parent is not kept, which only scores
+// that rise from parent to child would cause, is not kept either. The rows of tokens_out and parent_out have 1 + ``most``. Returns
 // how many columns beside the first are used.
 inline Index best_nodes(
     const Index *roots, const float *scores, const Index *tokens, const Index *parents, Index batch, Index drafted, Index most, float price,
@@ -42,10 +43,12 @@ inline Index best_nodes(
         Index *kept = places.get() + b * most, *out = tokens_out + b * (most + 1), *up = parent_out + b * (most + 1), used = 0;
         std::sort(kept, kept + count, [](Index i, Index j) { return uint64_t(i) < uint64_t(j); });  // -1 comes last
         out[0] = roots[b], up[0] = 0;
-        for (Index i = 0; i < count; i++) {
-            Index place = kept[i], parent = place < 0 ? 0 : parents[b * drafted + place];
-            if (place >= 0) node[place] = ++used;
-            out[1 + i] = place < 0 ? -1 : tokens[b * drafted + place], up[1 + i] = parent ? node[parent - 1] : 0;
+        std::fill(out + 1, out + 1 + count, -1), std::fill(up + 1, up + 1 + count, 0), std::fill(node.get(), node.get() + drafted, -1);
+        for (Index i = 0; i < count && kept[i] >= 0; i++) {
+            Index parent = parents[b * drafted + kept[i]], above = parent ? node[parent - 1] : 0;
+            if (above < 0) continue;
+            node[kept[i]] = ++used;
+            out[used] = tokens[b * drafted + kept[i]], up[used] = above;
         }
     }
     return count;
@@ -79,7 +82,7 @@ void draft_level(
             top[part] = most, highest = std::max(highest, most);
         }
         for (Index v = 0; v < vocab; v++) sum += exponential(x[v] - highest);
-        float offset = parent_scores[line] - highest - std::log(sum);
+        float normaliser = highest + std::log(sum);
         float *values = scores + line * topk;
         Index *ids = tokens + line * topk;
         for (Index k = 0; k < topk; k++) values[k] = -INF, ids[k] = k;
@@ -87,8 +90,9 @@ void draft_level(
             for (Index v = part * PART; v < (part + 1) * PART && top[part] > values[topk - 1]; v++)
                 if (x[v] > values[topk - 1]) insert(values, ids, topk, x[v], v);
         for (Index k = 0; k < topk; k++) {
-            values[k] += offset;
-            if (!(values[k] == values[k])) values[k] = -INF;  // a NaN or an infinity among the logits
+            float score = values[k] - normaliser;  // a NaN where a NaN or an infinity is among the logits
+            values[k] = parent_scores[line] + (score > 0 ? 0 : score);  // by rounding alone: no child is better than its parent
+            if (!(values[k] == values[k])) values[k] = -INF;
             if (target_ids) ids[k] = target_ids[ids[k]];
         }
     }

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from kernels import cpu
 from server.engine.drafter import TreeShape
 
 logger = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ def machine(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         processor = f"{_processor()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-        name = f"{processor}, {torch.get_num_threads()} threads"
+        name = f"{processor}, {torch.get_num_threads()} threads, {cpu.version()}"
     return f"{name}, torch {torch.__version__}"
 
 

@@ -215,7 +215,7 @@ class Steps:
     def _record(self, batch: Proposal, drafted: list[int], accepted: list[int], plan: Plan, stats: StepStats) -> None:
         for i, (request, nodes, kept) in enumerate(zip(batch.requests, drafted, accepted, strict=True)):
             if nodes:
-                request.speculation.record(nodes, kept, batch.reach)
+                request.speculation.record(nodes, kept, min(batch.reach, nodes))  # others may reach deeper
                 stats.drafts.append((nodes, kept))
                 if i < batch.by_head:
                     plan.drafts.append((request, nodes, kept))

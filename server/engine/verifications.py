@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 from kernels.noise import Noise
-from kernels.sampling import SamplingBatch
+from kernels.sampling import SamplingBatch, has_kernel
 from kernels.tree_layout import TreeLayout
 from server.engine.ahead import Drafted, Passed
 from server.engine.batch import Placed, placed
@@ -56,9 +56,7 @@ class Verifications:
         self.fixed = False
 
     def of(self, requests: list[Request], plan: Plan, ahead: Drafted | Passed | None) -> list[Verification]:
-        """Trees for those that draft, the roots alone for the others, but for text that a grammar demands. All go together, but for those
-        that draft ``apart``.
-        """
+        """Trees for those that draft, the roots alone for the others, but for text that a grammar demands. On a CPU all go together."""
         if plan.drafting and plan.shape.nodes > 1 and self.fixed and not plan.apart:
             return [self._verification(self._draft(requests, plan, ahead if isinstance(ahead, Drafted) else None))]
         passed = ahead.of(requests) if isinstance(ahead, Passed) and is_plain(plan) else None
@@ -75,7 +73,7 @@ class Verifications:
             *([self._copy(by_text, plan)] if by_text else []),
             *([self._plain(quiet, placed(quiet, self.device), plan.guesses_of(quiet))] if quiet else []),
         ]
-        if not self.fixed and len(proposals) > 1:
+        if self.device.type == "cpu" and len(proposals) > 1 and all(map(_is_ragged, proposals)):
             proposals = [self._together(proposals)]
         return [self._verification(proposal) for proposal in proposals]
 
@@ -146,6 +144,11 @@ def _allowed(requests: list[Request], shape: TreeShape) -> TreeShape:
     """The shape for no more nodes than some request may have."""
     most = max(request.max_draft_nodes for request in requests)
     return shape.shrunk(most + 1) if most < shape.nodes - 1 else shape
+
+
+def _is_ragged(proposal: Proposal) -> bool:
+    """Whether dead nodes cost its verification nothing."""
+    return has_kernel(proposal.options) and all(r.params.logprobs is None and r.matcher is None for r in proposal.requests)
 
 
 def is_plain(plan: Plan) -> bool:

@@ -199,6 +199,29 @@ def test_a_row_without_children(odd: float) -> None:
     assert level.best_rows.tolist() == [[1, 1, 1]]
 
 
+def test_no_child_is_better_than_its_parent() -> None:
+    """Whatever the logits round to: a tree would be cut between the two."""
+    torch.manual_seed(0)
+    logits = torch.randn(8, 4, 500) * 20
+    logits[..., 0] += 60
+    scores = -torch.rand(8, 4)
+    level = draft_level_cpu(logits, SamplingBatch(*[None] * 5), None, 0, torch.full((8,), 0.4), None, scores, 3)
+    assert (level.scores.view(8, 4, 3) <= scores[:, :, None]).all()
+
+
+def test_best_nodes_never_lose_a_parent() -> None:
+    scores, parents = torch.tensor([[-1.0, -0.5, -0.4, -2.0]] * 2), torch.tensor([[0, 1, 2, 0]] * 2)
+    tokens, parent = best_nodes_cpu(torch.tensor([50, 51]), scores, torch.tensor([[1, 2, 3, 4]] * 2), parents, 3, 0.0)
+    assert tokens.tolist() == [[50, -1, -1], [51, -1, -1]]
+    assert parent.tolist() == [[0, 0, 0]] * 2
+    tokens, parent = best_nodes_cpu(torch.tensor([50]), scores[:1], torch.tensor([[1, 2, 3, 4]]), parents[:1], 1, 0.0)
+    assert (tokens.tolist(), parent.tolist()) == ([[50]], [[0]])
+
+
+def test_products_of_no_rows() -> None:
+    assert panel_linear_cpu(torch.empty(0, 8), panels_of(torch.randn(5, 8)), 5, None, None).shape == (0, 5)
+
+
 @given(
     st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.sampled_from([2, 5, 16, 64]),
     st.sampled_from([0.0, 0.3]),
