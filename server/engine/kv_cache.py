@@ -125,6 +125,12 @@ class BlockPool:
             if self._owners[block] == 1 and block in self._keys:
                 del self._by_key[self._keys.pop(block)]
 
+    def forget_all(self) -> None:
+        """Take all keys, of blocks that nobody owns as well."""
+        self._free_blocks += self._kept
+        for found in (self._kept, self._keys, self._by_key):
+            found.clear()
+
     def unnamed(self, row: int) -> list[int]:
         """The row's blocks without a key."""
         return [block for block in self._owned[row] if block not in self._keys]

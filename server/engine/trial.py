@@ -125,7 +125,6 @@ class _Trial:
         """Leave the engine as if nothing had run."""
         engine = self.engine
         engine.shape, engine.proposer.ngrams, engine.steps.ahead = self.full, None, None
-        for request in engine.scheduler.running:  # all are, unless the cache is too small for them
-            engine.pool.forget(request.row)
         for name in self.names:
             engine.abort(name)
+        engine.pool.forget_all()

@@ -11,7 +11,7 @@ from server.engine.budget import Plan
 from server.engine.engine import Engine
 from server.engine.request import Request
 from server.engine.types import SamplingParams
-from tests.engine.engines import POISON, Run, build, poisoned_model, random_head, run
+from tests.engine.engines import POISON, Run, build, poisoned_model, random_head, run, tiny_model
 from tests.engine.guided import Guide
 from tests.engine.reference_decoding import decode
 
@@ -298,8 +298,8 @@ def test_salts_share_nothing(model: PreTrainedModel) -> None:
     assert found == [0, 0, 0, 12, 12]
 
 
-def test_measuring_leaves_nothing_to_take_over(model: PreTrainedModel) -> None:
-    engine = engine_of(model, load_rule=True)
+def test_measuring_leaves_nothing_to_take_over() -> None:
+    engine = engine_of(tiny_model("llama"), load_rule=True)  # where nothing is poisoned: trials draft with noise, any token may come up
     assert engine.load_rule is not None
     [result] = run(engine, [([0] * 17, GREEDY)])  # what measuring decodes
     assert result.last is not None
