@@ -93,7 +93,8 @@ def _compiled() -> Path:
     path = directory / f"kernels-{key}.so"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=directory) as own:  # several processes may do this at once
-            subprocess.run([*command, f"{own}/kernels.so"], capture_output=True, text=True, check=True)
+            room = os.environ | {"TMPDIR": own}  # for the compiler's own files: nothing else may be writable
+            subprocess.run([*command, f"{own}/kernels.so"], capture_output=True, text=True, check=True, env=room)
             os.replace(f"{own}/kernels.so", path)
     return path
 
