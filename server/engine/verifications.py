@@ -73,7 +73,7 @@ class Verifications:
             *([self._copy(by_text, plan)] if by_text else []),
             *([self._plain(quiet, placed(quiet, self.device), plan.guesses_of(quiet))] if quiet else []),
         ]
-        if self.device.type == "cpu" and len(proposals) > 1 and all(map(_is_ragged, proposals)):
+        if not self.fixed and self.device.type == "cpu" and len(proposals) > 1 and all(map(_is_ragged, proposals)):
             proposals = [self._together(proposals)]
         return [self._verification(proposal) for proposal in proposals]
 
