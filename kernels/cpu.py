@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.user_cache import user_cache
+
 logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("native")
 # Sums in any order and no traps let loops become vector instructions; unlike -ffast-math, NaN and infinity keep their meaning.
@@ -86,9 +88,11 @@ def _compiled() -> Path:
     if shutil.which(compiler[0]) is None:
         raise FileNotFoundError(f"no C++ compiler was found by the name of {compiler[0]}; install one, or set CXX")
     command = [*compiler, *FLAGS, str(SOURCES / "kernels.cpp"), "-o"]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    its_version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     sources = [path.read_text() for path in sorted(SOURCES.iterdir())]
-    key = hashlib.sha256("\n".join((*sources, *command, version, platform.machine(), _features())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        "\n".join((*sources, *command, its_version, platform.machine(), processor("flags", "Features"))).encode()
+    ).hexdigest()[:16]
     directory = _directory()
     path = directory / f"kernels-{key}.so"
     if not path.exists():
@@ -100,21 +104,23 @@ def _compiled() -> Path:
 
 
 def _directory() -> Path:
-    """The user's cache as in the XDG base directory specification, or if it cannot be written a directory of this process alone."""
+    """The user's cache, or if it cannot be written a directory of this process alone."""
+    directory = user_cache()
     try:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vsd-serve"
-        directory.mkdir(parents=True, exist_ok=True)
-        if os.access(directory, os.W_OK):
-            return directory
-    except (OSError, RuntimeError):
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            if os.access(directory, os.W_OK):
+                return directory
+    except OSError:
         pass
     return Path(tempfile.mkdtemp(prefix="vsd-serve-"))
 
 
-def _features() -> str:
-    """What the processor can do, where Linux tells it: a cache may be shared by several machines."""
+def processor(*names: str) -> str:
+    """What Linux tells of the processor under one of these names, elsewhere what Python knows of it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        lines = []
+    told = [line.partition(":")[2].strip() for line in lines if line.startswith(names)]
+    return told[0] if told else platform.processor() or platform.machine()

@@ -14,7 +14,7 @@ from kernels.jit import compute_capability, jit, tl, triton
 from kernels.tree_layout import TreeLayout
 
 FEW_ROWS = 32  # of a request, for which a CPU reads K and V where they lie; with more, copies for the library's matrix products pay
-LARGEST_HEAD = 256
+LARGEST_HEAD = 256  # as in native/attention.h
 LOG2_E = 1.4426950408889634
 COMBINED = 2  # outputs whose splits one program adds up
 PROGRAMS = 264  # of one request with a long context: two for every multiprocessor of a large GPU, or one with a tile of 128 rows

@@ -1,7 +1,6 @@
 """Every option of the server, once: flag, environment variable, YAML key, default and help."""
 
 import math
-import os
 from functools import cached_property
 from ipaddress import ip_address
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic_settings import (
 )
 from yaml import YAMLError
 
+from kernels.user_cache import user_cache
 from server import faults
 from server.engine.config import NGRAM, EngineConfig
 
@@ -223,21 +223,13 @@ class Settings(BaseSettings):
             tree_depth=self.tree_depth,
             tree_topk=self.tree_topk,
             draft_temperature=None if self.draft_temperature == "auto" else self.draft_temperature,
-            cost_cache=_user_cache() if self.cost_cache == "auto" else None if self.cost_cache == "none" else Path(self.cost_cache),
+            cost_cache=user_cache() if self.cost_cache == "auto" else None if self.cost_cache == "none" else Path(self.cost_cache),
             cuda_graphs=self.cuda_graphs,
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,
             prefix_caching=self.prefix_caching,
             seed=self.seed,
         )
-
-
-def _user_cache() -> Path | None:
-    """As in the XDG base directory specification; None for a user without a home."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vsd-serve"
-    except RuntimeError:
-        return None
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -129,19 +128,9 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        processor = f"{_processor()} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        processor = f"{cpu.processor('model name')} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
         name = f"{processor}, {torch.get_num_threads()} threads, {cpu.version()}"
     return f"{name}, torch {torch.__version__}"
-
-
-def _processor() -> str:
-    """The model's name where Linux tells it, which platform does not."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def kept_costs(directory: Path | None, key: str, measure: Callable[[], dict[int, StepCost]]) -> dict[int, StepCost]:

@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from server.engine.ngram import BRANCHES, LEARNING, LONGEST, OCCURRENCES, SHORTE
 from server.engine.pool import Pool, best_tree, limited, merge
 from server.engine.request import Request
 from server.engine.types import SamplingParams
+from server.engine.verifications import Verification
 from tests.engine.engines import Run, build, byte_tokenizer, random_head, run, tiny_model
 from tests.engine.reference_decoding import decode
 
@@ -280,6 +282,26 @@ def test_a_failure_to_learn_loses_no_token(model: PreTrainedModel, expected: lis
     assert engine.proposer.ngrams is not None
     monkeypatch.setattr(engine.proposer.ngrams, "learn", fails)
     assert [result.token_ids for result in run(engine, REQUESTS)] == expected
+
+
+@pytest.mark.parametrize(("options", "together"), [({}, True), ({"temperature": 1.0, "top_k": 5}, False), ({"logprobs": 1}, False)])
+def test_whoever_drafts_all_are_verified_together(options: dict[str, Any], together: bool, model: PreTrainedModel) -> None:
+    """But for requests with options for which dead nodes would cost as much as others."""
+    engine = build(model, random_head(model), draft=NGRAM, tree_nodes=8)
+    verifications, sizes = engine.steps.verifications, list[list[tuple[int, int]]]()
+    of = verifications.of
+
+    def counted(requests: list[Request], plan: Plan, ahead: None) -> list[Verification]:
+        found = of(requests, replace(plan, drafting=requests[:1]), ahead)
+        sizes.append([(len(one.proposal.requests), one.proposal.by_head) for one in found])
+        return found
+
+    engine.steps.verifications.of = counted  # type: ignore[method-assign]
+    run(engine, [([5, 6, i], SamplingParams(max_tokens=4, **{"temperature": 0, "ignore_eos": True, **options})) for i in range(2)])
+    both = [step for step in sizes if sum(count for count, _ in step) == 2]
+    assert both
+    assert ([(2, 1)] in both) is together
+    assert ([(1, 1), (1, 0)] in both) is not together
 
 
 @pytest.mark.parametrize("node_price", [0.0, 0.6, 1.5])
