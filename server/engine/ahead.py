@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from server.engine.drafter import Grown
+from server.engine.drafter import Grown, TreeShape
 from server.engine.host import on_device
 from server.engine.pool import Pool
+from server.engine.prompts import Computed
 from server.engine.request import Request
+from server.engine.types import Tree
 
 IMPROBABLE = -1e9  # score of a guess that nobody has made, and that no NaN has prevented
 
@@ -35,14 +37,13 @@ class Drafted(NamedTuple):
             return None
         device = self.grown.pool.scores.device
         chosen, new = on_device([max(place, 0) for place in index], device), on_device([place < 0 for place in index], device)
-        pool = Pool(*(part[chosen] for part in self.grown.pool))
+        pool, levels, (tokens, scores) = self.grown.at(chosen)
         pool = pool._replace(scores=pool.scores.masked_fill(new[:, None], float("-inf")))
-        tokens, scores = self.grown.guesses
-        return Grown(pool, self.grown.levels, (tokens[chosen], scores[chosen].masked_fill(new, IMPROBABLE)))
+        return Grown(pool, levels, (tokens, scores.masked_fill(new, IMPROBABLE)))
 
-    def beside(self, others: "Drafted | Passed | None") -> "Drafted":
+    def beside(self, others: "Drafted | None") -> "Drafted":
         """Together with what was drafted of ``others`` for a shape of as many nodes and levels."""
-        if not isinstance(others, Drafted):
+        if others is None:
             return self
         (tokens, scores), (their_tokens, their_scores) = self.grown.guesses, others.grown.guesses
         pool = Pool(*map(torch.cat, zip(others.grown.pool, self.grown.pool, strict=True)))
@@ -51,12 +52,21 @@ class Drafted(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """The target has computed the rows of the next tokens, which stand at ``lengths``; logits [B, V], features [B, 1, 3 * H]."""
+    """The target has computed what the next step verifies: trees, for plain decoding of a node each. logits [B * N, V]; features
+    [B, N, 3 * H].
+
+    ``shape``: what the trees were drafted by, ``grown``: all that was, None for plain decoding; ``lengths``: where the requests must stand
+    by then; ``prompts``: computed along with the trees.
+    """
 
     requests: list[Request]
     lengths: list[int]
+    shape: TreeShape
+    tree: Tree
+    grown: Grown | None
     logits: Tensor
     features: Tensor | None
+    prompts: Computed | None = None
 
     def of(self, requests: list[Request]) -> "Passed | None":
         """Of those of ``requests`` that it holds; the others' turn is a step later. None where it holds none."""
@@ -67,8 +77,12 @@ class Passed(NamedTuple):
         if not index:
             return None
         chosen = on_device(index, self.logits.device)
-        features = None if self.features is None else self.features[chosen]
-        return Passed([self.requests[i] for i in index], [self.lengths[i] for i in index], self.logits[chosen], features)
+        tree, features = Tree(*(part[chosen] for part in self.tree)), None if self.features is None else self.features[chosen]
+        logits = self.logits.unflatten(0, self.tree.tokens.shape)[chosen].flatten(0, 1)
+        return self._replace(
+            requests=[self.requests[i] for i in index], lengths=[self.lengths[i] for i in index], tree=tree,
+            grown=self.grown and self.grown.at(chosen), logits=logits, features=features,
+        )  # fmt: skip
 
 
 def _places(requests: list[Request], known: list[Request]) -> list[int]:

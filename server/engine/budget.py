@@ -38,8 +38,8 @@ class Plan:
 
     ``copying``: requests that have trees of what their own texts propose; ``guesses``: what was looked up, by request id, None where
     nothing was; ``lasting``: the next step will probably draft as this one does; ``apart``: by graphs, those that draft have a forward
-    pass of their own. Of those that the head drafts for, ``rows``: that their draft caches are behind, but for one each; ``levels`` that
-    trees were grown by; ``drafts``: (request, drafted nodes, accepted nodes) of those that had a tree.
+    pass of their own. Of those that the head drafts for, ``rows``: that their draft caches are behind, but for one each; ``nodes`` and
+    ``levels`` of the shape by which trees were grown; ``drafts``: (request, drafted nodes, accepted nodes) of those that had a tree.
     """
 
     shape: TreeShape
@@ -51,6 +51,7 @@ class Plan:
     lasting: bool = False
     apart: bool = False
     rows: int = 0
+    nodes: int = 0
     levels: int = 0
     drafts: list[tuple[Request, int, int]] = field(default_factory=list)
 

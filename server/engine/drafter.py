@@ -60,6 +60,11 @@ class Grown(NamedTuple):
         pool = Pool(*(torch.cat(part, dim=1) for part in zip(*levels, strict=True)))  # a copy: graphs share their memory
         return cls(pool, len(levels), (pool.tokens[:, 0], pool.scores[:, 0]))
 
+    def at(self, places: Tensor) -> "Grown":
+        """Of the requests at ``places``, int64 [B']."""
+        tokens, scores = self.guesses
+        return Grown(Pool(*(part[places] for part in self.pool)), self.levels, (tokens[places], scores[places]))
+
 
 class Drafter:
     """A head with its cache. ``state`` [1 + rows, H]: what each request's last committed draft row returned; the first is nobody's, for

@@ -177,6 +177,7 @@ class Engine:
             else:
                 self._offer(request, last=True)
             self.scheduler.preempt(request)
+            self.steps.ahead = None  # it may hold a part of the prompt, in blocks that are another's by now
             stats.preemptions += 1
 
     def _plan(self, decoding: list[Request]) -> Plan:

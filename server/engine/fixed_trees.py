@@ -99,15 +99,21 @@ class FixedTreeRule(LoadRule):
             self._learn(plan)
         if seconds is None or not plan.batch or plan.copying or (plan.drafting and (plan.apart or plan.rows > plan.batch)):
             return  # or it says more of something else
-        size, shape = self._measured(plan.batch), plan.shape if plan.drafts else self._plain
+        size, shape = self._measured(plan.batch), self._verified(plan) if plan.drafts else self._plain
         steps, first = self._steps[size], self._first[size]
+        if shape not in steps:
+            return
         steps[shape] += (min(seconds, _OUTLIER * steps[shape]) - steps[shape]) * _NEWS
         for other in steps.keys() - {shape}:  # what slowed the machine when they were seen is forgotten
             steps[other] += (first[other] * steps[shape] / first[shape] - steps[other]) * _FORGETTING
 
+    def _verified(self, plan: Plan) -> TreeShape | None:
+        """The shape of the step's trees, which a step before may have begun; None where they were grown by one and chosen by another."""
+        return self._shapes.get((plan.nodes, plan.levels))
+
     def _learn(self, plan: Plan) -> None:
         """From what was accepted of trees that were begun and verified by the same shape."""
-        shape = self._shapes.get((plan.shape.nodes, plan.levels))
+        shape = self._verified(plan)
         if shape is None:
             return
         if shape == self._favourite:

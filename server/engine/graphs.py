@@ -10,6 +10,7 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 MAX_GRAPHS = 1024  # that are kept, the last used ones
+LEAST_CONTEXT = 1024  # that graphs are recorded for where nothing is won by less
 Recorder = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 """Records a function; returns what does it again, and the tensors that hold its results afterwards."""
 
@@ -67,7 +68,7 @@ class Graphs:
             return None
 
 
-def graph_context(tokens: int, least: int = 1024) -> int:
+def graph_context(tokens: int, least: int = LEAST_CONTEXT) -> int:
     """The ``max_context`` of a graph for so many tokens, ``least`` times 1, 4, 16, ...: attention launches programs for all of it, and
     those past the end return at once.
     """

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from server.engine.batch import causal_chunk
+from server.engine.costs import MAX_TREE_ROWS
+from server.engine.graphs import LEAST_CONTEXT, power_of_two
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.logprobs import token_logprobs
@@ -14,6 +16,8 @@ from server.engine.target import Rows
 from server.engine.types import TokenLogprob
 
 PIECE = 32  # rows of a prompt that are an entry of a graph's batch
+BESIDE, LEAST_ROWS = 4, 128  # Times as many entries as requests, and rows at least, are recorded for trees with prompts along with them,
+SPARED_ROWS = 256  # which spares as much as so many rows cost: the model is read once (H200, 8 billion parameters).
 
 
 class Prompts(NamedTuple):
@@ -49,14 +53,52 @@ def prompt_rows(pool: BlockPool, requests: list[Request], width: int, in_pieces:
     return prompts._replace(rows=Rows(tokens, layout, last))
 
 
-def extend(prompts: Prompts, logits: Tensor, features: Tensor | None, joined: list[Request]) -> None:
-    """Note what the chunks have computed; logits and features as a forward pass returns them; ``joined``: whose draft caches have it."""
+class Computed(NamedTuple):
+    """Prompts, and what a forward pass over them returned: logits [P, V] of every prompt's last row, or of all rows."""
+
+    prompts: Prompts
+    logits: Tensor
+    features: Tensor | None
+
+    def of(self, requests: list[Request]) -> "Computed | None":
+        """Of those of ``requests``; None where there are none. Logits of last rows alone."""
+        index = [i for i, request in enumerate(self.prompts.requests) if request in requests]
+        if len(index) == len(self.prompts.requests):
+            return self
+        if not index:
+            return None
+        whose, chunks, firsts, rows = self.prompts
+        prompts = Prompts([whose[i] for i in index], [chunks[i] for i in index], [firsts[i] for i in index], rows)
+        return self._replace(prompts=prompts, logits=self.logits.index_select(0, on_device(index, self.logits.device)))
+
+
+def most_entries(nodes: int, max_seqs: int) -> int:
+    """Of the largest graph for trees of ``nodes`` nodes, a power of two."""
+    return min(max(BESIDE * power_of_two(max_seqs), LEAST_ROWS // nodes), MAX_TREE_ROWS // nodes)
+
+
+def fit_beside(prompts: Rows, trees: int, nodes: int, longest: int, max_seqs: int) -> bool:
+    """Whether prompts in pieces are computed along with so many trees of ``nodes`` nodes and contexts of at most ``longest`` tokens: by
+    graphs that were recorded at start, and where it takes less time.
+    """
+    nodes, pieces = power_of_two(nodes), len(prompts.tokens)
+    if prompts.keep is None or nodes > PIECE:
+        return False
+    entries, alone = power_of_two(trees + pieces * (PIECE // nodes)), power_of_two(trees)
+    context = max(prompts.layout.max_context + PIECE, longest)
+    recorded = entries <= most_entries(nodes, max_seqs) and context <= LEAST_CONTEXT
+    return recorded and (entries - alone) * nodes <= pieces * PIECE + SPARED_ROWS
+
+
+def extend(computed: Computed, joined: list[Request]) -> None:
+    """Note what the chunks have computed; ``joined``: whose draft caches have it."""
+    prompts, logits, features = computed
     reports: list[list[TokenLogprob]] = [[] for _ in prompts.requests]
     for i, (request, chunk, first) in enumerate(zip(prompts.requests, prompts.chunks, prompts.firsts, strict=True)):
         if request.prompt_alternatives is not None:
             following = request.token_ids[request.context_len + 1 : request.context_len + len(chunk) + 1]
             reports[i] = token_logprobs(logits[first:][: len(following)], following, request.prompt_alternatives)
-    computed = None if features is None else features.flatten(0, 1)
+    tapped = None if features is None else features.flatten(0, 1)
     # Only now, when nothing can fail any more, are requests changed.
     for request, chunk, first, report in zip(prompts.requests, prompts.chunks, prompts.firsts, reports, strict=True):
         request.prompt_logprobs += report
@@ -64,5 +106,5 @@ def extend(prompts: Prompts, logits: Tensor, features: Tensor | None, joined: li
         if request in joined:
             request.pending.clear()
             request.draft_len = request.context_len
-        elif computed is not None:
-            request.pending.append(computed[first : first + len(chunk)])
+        elif tapped is not None:
+            request.pending.append(tapped[first : first + len(chunk)])

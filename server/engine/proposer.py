@@ -17,7 +17,7 @@ from server.engine.batch import Placed
 from server.engine.calibration import LearnedSigma
 from server.engine.draft_cache import DraftCache, told_temperature
 from server.engine.draft_temperature import level_sigmas
-from server.engine.drafter import Drafter, TreeShape
+from server.engine.drafter import Drafter, Grown, TreeShape
 from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.ngram import Candidates, Draft, Ngrams
@@ -113,18 +113,25 @@ class Proposer:
             if grown is None:
                 sigma, temperature, tables = self._sigma(requests, shape.depth), self.cache.temperature(requests), self.pool.tables[at.rows]
                 grown = self.drafter.grow(at.rows, tables, at.lengths, at.longest, shape, options, noise, sigma, temperature, limits)
-            pool, depth, self.guesses = grown
-            self.levels = depth
+            self.drew(grown)
             if guesses := Candidates.of(drafts, 0 if self.drafter.graphs is None else shape.nodes - 1):  # kernels have sizes, too
-                pool = merge(pool, guesses.pool.to(self.device), min(depth, guesses.depth))
-                depth = max(depth, guesses.depth)
-            return best_tree(at.roots, pool._replace(scores=limited(pool.scores, limits)), shape.nodes, shape.node_price, depth)
+                pool = merge(grown.pool, guesses.pool.to(self.device), min(grown.levels, guesses.depth))
+                grown = grown._replace(pool=pool, levels=max(grown.levels, guesses.depth))
+            return _best_tree(at.roots, grown, limits, shape)
         except torch.AcceleratorError:  # unlike a shortage of memory, it comes back with every further call
             raise
         except Exception:
             logger.exception("drafting failed; this step decodes plainly")
             self.failed += 1
             return root_only(at.roots)
+
+    def drew(self, grown: Grown | None) -> None:
+        """Note what the trees that are verified next were chosen from."""
+        self.guesses, self.levels = (None, 0) if grown is None else (grown.guesses, grown.levels)
+
+    def trees(self, requests: list[Request], roots: Tensor, grown: Grown, shape: TreeShape) -> Tree:
+        """The best of what the head has drafted; roots int64 [B]."""
+        return _best_tree(roots, grown, self._limits(requests, shape), shape)
 
     def go_ahead(
         self, requests: list[Request], rows: Tensor, layout: TreeLayout, features: Tensor, verdict: Verdict, shape: TreeShape,
@@ -218,3 +225,8 @@ class Proposer:
         """Most drafted nodes of every request, int64 [B]; None where the shape is the only limit."""
         limits = [request.max_draft_nodes for request in requests]
         return on_device(limits, self.device) if min(limits) < shape.nodes - 1 else None
+
+
+def _best_tree(roots: Tensor, grown: Grown, limits: Tensor | None, shape: TreeShape) -> Tree:
+    pool = grown.pool._replace(scores=limited(grown.pool.scores, limits))
+    return best_tree(roots, pool, shape.nodes, shape.node_price, grown.levels)

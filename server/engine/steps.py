@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from kernels.kv_commit import kv_commit
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
+from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
 from server.engine.ahead import Drafted, Passed
 from server.engine.batch import placed
@@ -22,13 +22,13 @@ from server.engine.graphs import Graphs
 from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
-from server.engine.pool import root_only
-from server.engine.prompts import Prompts, extend, prompt_rows
+from server.engine.pool import root_only, widened
+from server.engine.prompts import Computed, Prompts, extend, fit_beside, prompt_rows
 from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.target import Rows, Target, spread
 from server.engine.types import RequestOutput, StepStats, Tree, Verdict
-from server.engine.verifications import Proposal, Verification, Verifications, is_plain
+from server.engine.verifications import FEW_NODES, Proposal, Verification, Verifications, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -89,35 +89,64 @@ class Steps:
         ahead, self.ahead = self.ahead, None
         prefilling = [request for request in requests if request.prefilling]
         decoding = [request for request in requests if not request.prefilling]
-        prompts = prompt_rows(self.pool, prefilling, width, self.graphs is not None) if prefilling else None
+        computed = ahead.prompts.of(prefilling) if isinstance(ahead, Passed) and ahead.prompts else None
+        left = [request for request in prefilling if computed is None or request not in computed.prompts.requests]
+        prompts = prompt_rows(self.pool, left, width, self.graphs is not None) if left else None
         batches = self.verifications.of(decoding, plan, ahead) if decoding else []
         rows = [batch.rows for batch in batches if batch.passed is None]
-        # A CPU computes all rows together. By graphs prompts come after trees, so that the host learns what became of these meanwhile, and
-        # what belongs to the next step comes last, while it learns the first tokens.
-        early = [prompts.rows] if prompts and not self.graphs else []
-        results = self.target.forward_parts([*early, *rows], self.cache) if early or rows else []
-        verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results[len(early) :]
+        early = prompts if prompts and not computed and self._fit_beside(prompts, rows) else None
+        results = self.target.forward_parts([*([early.rows] if early else []), *rows], self.cache) if early or rows else []
+        if early:
+            computed = Computed(early, *results.pop(0))
+        verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results
         begun = [self._begin(batch, *result) for batch, result in zip(batches, verified, strict=True)]
-        if prompts and self.graphs:
-            results = self.target.forward_parts([prompts.rows], self.cache)
-        first = self._first_tokens(prompts, results[0][0]) if prompts else None
         lasting = plan.lasting and len(batches) == 1 and len(batches[0].proposal.requests) == len(decoding)
-        ahead = self._go_ahead(begun[0], plan) if lasting else None
-        joined = self._join(first, prompts, results[0][1], decoding, plan) if prompts else None
+        passing = lasting and self._may_pass(requests, plan)
+        late = prompts if prompts and not early and passing and self._fit_later(prompts, computed, begun[0], plan) else None
+        if prompts and not (computed or late):
+            # After the trees, so that the host learns what became of these meanwhile.
+            computed = Computed(prompts, *self.target.forward_parts([prompts.rows], self.cache)[0])
+        first = self._first_tokens(computed) if computed else None
+        # What belongs to the next step comes last.
+        drafted = self._go_ahead(begun[0], plan) if lasting else None
+        joined = self._join(first, computed, decoding, plan) if first and computed else None
+        ready = joined.beside(drafted) if joined else drafted
+        passed = self._pass_ahead(begun[0], first, ready, late, plan) if passing else None
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:
-            outputs += self._settle(verification, ahead, plan, stats)
+            outputs += self._settle(verification, drafted, plan, stats)
         told = first.answer() if first else []
-        if prompts:
-            extend(prompts, *results[0], joined.requests if joined else [])
-            stats.prompt_tokens += sum(map(len, prompts.chunks))
+        if computed:
+            extend(computed, joined.requests if joined else [])
+            stats.prompt_tokens += sum(map(len, computed.prompts.chunks))
         if first:
             outputs += self._commit(first.requests, first.verdict, told[0], told[1], first.logits, stats)
-        self.ahead = joined.beside(ahead) if joined else ahead
+        self.ahead = passed._replace(lengths=[request.context_len for request in passed.requests]) if passed else ready
 
-    def _first_tokens(self, prompts: Prompts, logits: Tensor) -> First | None:
+    def _fit_beside(self, prompts: Prompts, trees: list[Rows]) -> bool:
+        """Whether prompts are computed by the forward pass of this step's trees: a CPU computes all rows together."""
+        if self.graphs is None or len(trees) != 1:
+            return self.graphs is None
+        batch, nodes = trees[0].tokens.shape
+        return fit_beside(prompts.rows, batch, nodes, trees[0].layout.max_context, len(self.pool.tables))
+
+    def _fit_later(self, prompts: Prompts, computed: Computed | None, begun: Begun, plan: Plan) -> bool:
+        """Whether prompts can be computed by the next step's forward pass, which is made as soon as this one's trees are verified."""
+        trees = len(begun.batch.requests) + (len(computed.prompts.requests) if computed else 0)
+        nodes, longest = 1 if is_plain(plan) else plan.shape.nodes, begun.rows.layout.max_context + begun.rows.tokens.shape[1]
+        return fit_beside(prompts.rows, trees, nodes, longest, len(self.pool.tables))
+
+    def _may_pass(self, requests: list[Request], plan: Plan) -> bool:
+        """Whether the next step's forward pass can be made before the host knows this one's outcome."""
+        if self.graphs is None or any(request.params.logprobs is not None for request in requests):
+            return False
+        by_texts = self.proposer.ngrams is not None and plan.shape.nodes > FEW_NODES
+        return is_plain(plan) or not (by_texts or any(request.matcher is not None for request in requests))
+
+    def _first_tokens(self, computed: Computed) -> First | None:
         """The token after every prompt that is complete now; one that was preempted has it already."""
+        prompts, logits = computed.prompts, computed.logits
         complete = [
             i
             for i, (request, chunk) in enumerate(zip(prompts.requests, prompts.chunks, strict=True))
@@ -133,12 +162,13 @@ class Steps:
         verdict, healthy = _verify(tree, 0, last, options, noise)
         return First(done, complete, last, verdict, options, noise, fetch(verdict.tokens, healthy))
 
-    def _join(self, first: First | None, prompts: Prompts, features: Tensor | None, decoding: list[Request], plan: Plan) -> Drafted | None:
+    def _join(self, first: First, computed: Computed, decoding: list[Request], plan: Plan) -> Drafted | None:
         """Where others draft by graphs, the head drafts for those with a first token as well, before the host knows it."""
+        prompts, features = computed.prompts, computed.features
         # As in ``_go_ahead``: logits that are still to be read would be overwritten.
         read = any(request.params.logprobs is not None for request in decoding)
         drafts = self.proposer.drafter is not None and self.graphs is not None and plan.drafting and not plan.apart and not is_plain(plan)
-        if first is None or features is None or not drafts or read or len(first.places) * plan.shape.nodes > MAX_TREE_ROWS:
+        if features is None or not drafts or read or len(first.places) * plan.shape.nodes > MAX_TREE_ROWS:
             return None
         return self.proposer.join(prompts, first.places, features, first.verdict.tokens[:, 0], plan.shape, first.options, first.noise)
 
@@ -162,8 +192,8 @@ class Steps:
         kept = None if features is None else self._kept(features, verdict)
         return Begun(batch, rows, logits, verdict, answer, learn, kept)
 
-    def _settle(self, begun: Begun, ahead: Drafted | Passed | None, plan: Plan, stats: StepStats) -> list[RequestOutput]:
-        """Wait for the outcome, and keep it; ``ahead``: what has been begun of the next step."""
+    def _settle(self, begun: Begun, drafted: Drafted | None, plan: Plan, stats: StepStats) -> list[RequestOutput]:
+        """Wait for the outcome, and keep it; ``drafted``: the next step's trees of these requests."""
         batch, kept = begun.batch, begun.kept
         tokens, whole, nodes, accepted = begun.answer()
         if batch.tree.tokens.shape[1] > 1:
@@ -171,7 +201,7 @@ class Steps:
         if begun.learn is not None:
             begun.learn()
         # Whose draft caches have been brought up to what is committed now.
-        extended = [isinstance(ahead, Drafted) and request.num_pending == 0 for request in batch.requests]
+        extended = [drafted is not None and request.num_pending == 0 for request in batch.requests]
         is_row = batch.tree.tokens.shape[1] == 1
         for i, rows in enumerate(kept.unbind(0) if kept is not None else ()):
             if not extended[i]:
@@ -184,33 +214,57 @@ class Steps:
         stats.emitted += [len(output.token_ids) for output in outputs]
         return outputs
 
-    def _go_ahead(self, begun: Begun, plan: Plan) -> Drafted | Passed | None:
-        """With graphs the device begins with the next step while the host learns what became of this one."""
+    def _go_ahead(self, begun: Begun, plan: Plan) -> Drafted | None:
+        """With graphs the device drafts for the next step while the host learns what became of this one."""
         batch, verdict, features = begun.batch, begun.verdict, begun.kept
         requests = batch.requests
         # Graphs, which share their memory, would overwrite logits that are still to be read.
         read = any(request.params.logprobs is not None for request in requests)
-        if self.graphs is None or read or all(request.num_output + 1 >= request.params.max_tokens for request in requests):
+        if self.graphs is None or is_plain(plan) or read or _all_end(requests):
             return None
-        if is_plain(plan):
-            return self._pass_ahead(begun)
         if features is None or self.proposer.guesses is None or not batch.by_head or batch.tree.tokens.shape[1] == 1:
             return None
         options = batch.options._replace(allowed=None)
         return self.proposer.go_ahead(requests, batch.at.rows, begun.rows.layout, features, verdict, plan.shape, options, batch.noise)
 
-    def _pass_ahead(self, begun: Begun) -> Passed | None:
-        """The forward pass over the tokens that a step of plain decoding commits."""
-        layout, requests = begun.rows.layout, begun.batch.requests
-        following = replace(layout, context_lens=layout.context_lens + 1, max_context=layout.max_context + 1, _masks={})
+    def _pass_ahead(self, begun: Begun, first: First | None, drafted: Drafted | None, prompts: Prompts | None, plan: Plan) -> Passed | None:
+        """The forward pass over what the next step verifies: what was ``drafted``, or by plain decoding the tokens that this one commits.
+        Along with those of ``begun`` come requests with a ``first`` token, if they have drafted as well, and ``prompts``.
+        """
+        requests, plain = begun.batch.requests, is_plain(plan)
+        if first and (plain or (drafted and len(drafted.requests) > len(requests))):
+            requests = requests + first.requests
+        if _all_end(requests) or (not plain and (drafted is None or drafted.requests != requests)):
+            return None
         try:
-            [(logits, features)] = self.target.forward_parts([Rows(begun.verdict.tokens.clamp(min=0), following)], self.cache)
-            return Passed(requests, [request.context_len + 1 for request in requests], logits, features)
+            roots, lengths, tables = self._stands(begun, requests, first)
+            tree = widened(self.proposer.trees(requests, roots, drafted.grown, plan.shape)) if drafted else root_only(roots)
+            longest = begun.rows.layout.max_context + begun.batch.tree.tokens.shape[1]
+            longest = max([longest, *(request.prefill_len for request in requests[len(begun.batch.requests) :])])
+            layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, None, self.pool.block_size, longest)
+            early = [] if prompts is None else [prompts.rows]
+            results = self.target.forward_parts([*early, Rows(tree.tokens.clamp(min=0), layout)], self.cache)
+            computed = None if prompts is None else Computed(prompts, *results[0])
+            return Passed(requests, [], plan.shape, tree, drafted and drafted.grown, *results[-1], computed)
         except torch.AcceleratorError:
             raise
         except Exception:
             logger.exception("the next step's forward pass could not be made ahead; it is made in its turn")
             return None
+
+    def _stands(self, begun: Begun, requests: list[Request], first: First | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Last tokens and lengths after this step, int64 [B], and block tables of the requests of ``begun`` and of those of ``first`` after
+        them, which the host does not know yet.
+        """
+        layout, verdict = begun.rows.layout, begun.verdict
+        roots = verdict.tokens.gather(1, verdict.num_accepted[:, None])[:, 0]
+        lengths, tables = layout.context_lens + verdict.num_accepted + 1, layout.block_tables
+        if first is None or len(requests) == len(roots):
+            return roots, lengths, tables
+        new = on_device([[request.row, request.prefill_len] for request in first.requests], self.device).t()
+        return (
+            torch.cat((roots, first.verdict.tokens[:, 0])), torch.cat((lengths, new[1])), torch.cat((tables, self.pool.tables[new[0]])),
+        )  # fmt: skip
 
     def _record(self, batch: Proposal, drafted: list[int], accepted: list[int], plan: Plan, stats: StepStats) -> None:
         for i, (request, nodes, kept) in enumerate(zip(batch.requests, drafted, accepted, strict=True)):
@@ -258,3 +312,8 @@ def _verify(
     """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V], or [K, V] of the nodes ``places``."""
     *verdict, healthy = tree_verify(logits, options, noise, *tree, max_depth, places)
     return Verdict(*verdict), healthy
+
+
+def _all_end(requests: list[Request]) -> bool:
+    """Whether none goes on after this step, whatever it brings."""
+    return all(request.num_output + 1 >= request.params.max_tokens for request in requests)

@@ -14,7 +14,7 @@ from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout
 from kernels.tree_mask import tree_mask
 from server.engine.config import EngineError
-from server.engine.graphs import Graphs, graph_context
+from server.engine.graphs import LEAST_CONTEXT, Graphs, graph_context
 from server.engine.kv_cache import PagedTensors
 
 SUPPORTED = (
@@ -22,6 +22,7 @@ SUPPORTED = (
     "granite", "smollm3", "cohere2", "gpt2", "opt",
 )  # fmt: skip
 """Model types compared with eager attention on trees, with and without a committed prefix (tests/engine)."""
+SHORT_NODES, SHORT_CONTEXT = 8, 256  # of trees, and the context that these are recorded for beside LEAST_CONTEXT
 PROMPT_CONTEXT = 4096  # of a prompt's graph at least: few are longer, and what is not there costs next to nothing
 
 
@@ -164,22 +165,29 @@ class Target:
         return self.forward_parts([Rows(tokens, layout, keep)], cache)[0]
 
     def forward_parts(self, parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
-        """One pass over the rows of all parts, or by graphs one for each; what a part gets does not depend on the others beside it.
+        """One pass over the rows of all parts; what a part gets does not depend on the others beside it. By graphs there is one for each,
+        but for prompts in pieces and the trees after them.
 
         Returns for each part logits [K or B * N, V] and, with taps, the features [B, N, 3 * H]; both are 0 at rows that are not live.
         """
         if self.graphs is None or self.decoder is None:
             return self._pass(parts, cache)
-        alone = sum(part.layout.ancestors is not None for part in parts) == 1
-        return [self._replay_prompts(part, cache) if part.layout.ancestors is None else self._replay(part, cache, alone) for part in parts]
+        are_trees = [part.layout.ancestors is not None for part in parts]
+        if are_trees == [False, True]:
+            return self._replay_together(parts[0], parts[1], cache)
+        alone = sum(are_trees) == 1
+        return [
+            self._replay(part, cache, alone) if is_tree else self._replay_prompts(part, cache)
+            for part, is_tree in zip(parts, are_trees, strict=True)
+        ]
 
     def _replay(self, part: Rows, cache: PagedTensors, alone: bool) -> tuple[Tensor, Tensor | None]:
         """``forward`` of trees without padding rows; the results of one that is ``alone`` are gone with the next."""
         assert self.graphs is not None
         assert part.keep is part.layout.live is None
         layout = part.layout
-        # A single row's attention splits its columns from 512 on: up to 256 it needs no sum over splits. Trees split later.
-        least = 256 if part.tokens.shape[1] == 1 else 1024
+        # Attention of few rows splits its columns from 512 on: up to 256 it needs no sum over splits.
+        least = SHORT_CONTEXT if part.tokens.shape[1] <= SHORT_NODES else LEAST_CONTEXT
         logits, features = self.graphs.run(
             self._trees, part.tokens, layout.block_tables, layout.context_lens, layout.depth, layout.ancestors,
             cache=cache, block_size=layout.block_size, max_context=graph_context(layout.max_context, least),
@@ -196,6 +204,18 @@ class Target:
         layout = TreeLayout(tables, lengths, depth, ancestors, None, block_size, max_context)
         logits, features = self._pass([Rows(tokens, layout)], cache)[0]
         return logits.unflatten(0, tokens.shape), features
+
+    def _replay_together(self, prompts: Rows, trees: Rows, cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
+        """``forward`` of prompts in pieces and of trees by the graph of so many trees."""
+        assert prompts.keep is not None
+        chains, count = as_chains(prompts, trees.tokens.shape[1]), len(trees.tokens)
+        logits, features = self._replay(beside(trees, chains), cache, alone=True)
+        logits, others = logits.split([trees.tokens.numel(), chains.tokens.numel()])
+        own = others.index_select(0, prompts.keep), None
+        if features is None:
+            return [own, (logits, None)]
+        tapped = features[count:].reshape(*prompts.tokens.shape, -1).clone()  # drafting ahead overwrites them
+        return [(own[0], tapped), (logits, features[:count])]
 
     def _replay_prompts(self, part: Rows, cache: PagedTensors) -> tuple[Tensor, Tensor | None]:
         """``forward`` of prompts in pieces of one width; ``keep`` names last live rows of some pieces."""
@@ -257,6 +277,42 @@ class Target:
         ).logits[0]
         self._features = None
         return logits, [part[0] for part in taken]
+
+
+def as_chains(prompts: Rows, nodes: int) -> Rows:
+    """Prompts in pieces as trees of ``nodes`` nodes without a branch. Those in which no row is live are nobody's, and what is padding
+    in the others goes to slots that are written before they are read.
+    """
+    layout, (pieces, width) = prompts.layout, prompts.tokens.shape
+    assert layout.live is not None
+    parts, rows = width // nodes, torch.arange(nodes, device=prompts.tokens.device)
+    live = layout.live[:, ::nodes].flatten()
+    lengths = (layout.context_lens[:, None] + torch.arange(0, width, nodes, device=rows.device)).flatten()
+    tables = layout.block_tables[:, None].expand(-1, parts, -1).flatten(0, 1)
+    ancestors = (2 << rows) - 1
+    return Rows(
+        prompts.tokens.view(-1, nodes),
+        TreeLayout(
+            tables * live[:, None], lengths * live, rows.expand(pieces * parts, -1), ancestors.expand(pieces * parts, -1), None,
+            layout.block_size, layout.max_context + width,
+        ),
+    )  # fmt: skip
+
+
+def beside(trees: Rows, others: Rows) -> Rows:
+    """Both as one batch of trees of as many nodes."""
+    own, new = trees.layout, others.layout
+    assert own.ancestors is not None
+    assert new.ancestors is not None
+    pairs = (
+        (own.block_tables, new.block_tables),
+        (own.context_lens, new.context_lens),
+        (own.depth, new.depth),
+        (own.ancestors, new.ancestors),
+    )
+    tables, lengths, depth, ancestors = map(torch.cat, pairs)
+    longest = max(own.max_context, new.max_context)
+    return Rows(torch.cat((trees.tokens, others.tokens)), TreeLayout(tables, lengths, depth, ancestors, None, own.block_size, longest))
 
 
 def _computed(layout: TreeLayout) -> Tensor | None:

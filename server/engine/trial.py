@@ -10,23 +10,31 @@ from drafts.eagle3 import Eagle3Head
 from kernels.tree_layout import TreeLayout
 from server.engine.budget import LoadRule, default_acceptance
 from server.engine.config import EngineConfig
-from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees, powers_of_two, tree_shapes
+from server.engine.costs import (
+    StepCost,
+    cost_of_trees,
+    kept_costs,
+    machine,
+    measure_costs,
+    measure_trees,
+    powers_of_two,
+    tree_shapes,
+)
 from server.engine.drafter import TreeShape
 from server.engine.fixed_trees import FixedTreeRule
-from server.engine.graphs import in_eighths
+from server.engine.graphs import LEAST_CONTEXT, in_eighths, power_of_two
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool
 from server.engine.ngram import FullDrafts
-from server.engine.prompts import PIECE
+from server.engine.prompts import PIECE, most_entries
 from server.engine.scheduler import GPU_PREFILL_ROWS
 from server.engine.steps import Steps
-from server.engine.target import Rows, Target
+from server.engine.target import SHORT_CONTEXT, SHORT_NODES, Rows, Target
 from server.engine.types import SamplingParams
 
 if TYPE_CHECKING:
     from server.engine.engine import Engine
 
 PROMPT_TOKENS, NEW_TOKENS = 112, 128  # of the requests, which share the prompt's blocks
-LONG_CONTEXT = 1000  # tokens of contexts that plain steps are recorded for, beside those of the requests
 
 
 @torch.inference_mode()
@@ -37,7 +45,7 @@ def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, confi
     try:
         if not engine.steps.graphs:
             return LoadRule(full, _costs(trial, target, head, config), known, head is not None)
-        _record_graphs(engine.steps, config.max_num_seqs)
+        _record_graphs(engine.steps, full, config.max_num_seqs)
         seconds = measure_trees(trial.step, tree_shapes(full), config.max_num_seqs)
     finally:
         trial.end()
@@ -46,11 +54,17 @@ def choose_rule(engine: "Engine", target: Target, head: Eagle3Head | None, confi
     return LoadRule(full, {batch: cost_of_trees(of) for batch, of in seconds.items()}, known, head=False)
 
 
-def _record_graphs(steps: Steps, max_seqs: int) -> None:
-    """Record the graphs of prompts, and those of plain decoding whose contexts are not short."""
+def _record_graphs(steps: Steps, full: TreeShape, max_seqs: int) -> None:
+    """Record the graphs of prompts, and those of trees that the requests of a trial do not need: of more entries, with prompts among them,
+    and of contexts that are not short.
+    """
     prompts = sorted({in_eighths(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
     blank = [_blank_prompts(steps.pool, count) for count in prompts]
-    blank += [_blank_roots(steps.pool, batch, LONG_CONTEXT) for batch in powers_of_two(max_seqs)]
+    for nodes in sorted({shape.nodes for shape in tree_shapes(full)}):
+        for entries in powers_of_two(most_entries(nodes, max_seqs)):
+            contexts = {SHORT_CONTEXT, LEAST_CONTEXT} if nodes <= SHORT_NODES else {LEAST_CONTEXT}
+            own = {min(contexts)} if entries <= power_of_two(max_seqs) else set()
+            blank += [_blank_trees(steps.pool, entries, nodes, context) for context in sorted(contexts - own)]
     for rows in tqdm(blank, desc="recording graphs", unit="graph", leave=False):
         steps.target.forward_parts([rows], steps.cache)
     steps.cache.clear([PADDING_BLOCK])
@@ -63,10 +77,11 @@ def _blank_prompts(pool: BlockPool, entries: int) -> Rows:
     return Rows(torch.zeros_like(rows), layout, torch.arange(entries, device=rows.device) * PIECE)
 
 
-def _blank_roots(pool: BlockPool, batch: int, context: int) -> Rows:
-    """The last tokens of a batch of nobody's, as if the longest context were ``context``: to record graphs with."""
-    zero = torch.zeros(batch, 1, dtype=torch.long, device=pool.tables.device)
-    return Rows(zero, TreeLayout(*_nobodys(pool, batch), zero, zero + 1, None, pool.block_size, context))
+def _blank_trees(pool: BlockPool, entries: int, nodes: int, context: int) -> Rows:
+    """Trees of nobody's, as if the longest context were ``context``: to record graphs with."""
+    rows = torch.arange(nodes, device=pool.tables.device).expand(entries, -1)
+    zero = torch.zeros_like(rows)
+    return Rows(zero, TreeLayout(*_nobodys(pool, entries), zero, zero + 1 << rows, None, pool.block_size, context))
 
 
 def _nobodys(pool: BlockPool, batch: int) -> tuple[Tensor, Tensor]:

@@ -56,13 +56,14 @@ class Verifications:
         self.fixed = False
 
     def of(self, requests: list[Request], plan: Plan, ahead: Drafted | Passed | None) -> list[Verification]:
-        """Trees for those that draft, the roots alone for the others, but for text that a grammar demands. On a CPU all go together."""
+        """Trees for those that draft, the roots alone for the others, but for text that a grammar demands. On a CPU all go together.
+        What has been computed ahead is verified, whatever the plan is by now, but where a root is not enough.
+        """
+        passed = ahead.of(requests) if isinstance(ahead, Passed) and (ahead.grown or is_plain(plan)) else None
+        if passed is not None:
+            return [self._verification(self._passed(passed, plan))._replace(passed=passed)]
         if plan.drafting and plan.shape.nodes > 1 and self.fixed and not plan.apart:
             return [self._verification(self._draft(requests, plan, ahead if isinstance(ahead, Drafted) else None))]
-        passed = ahead.of(requests) if isinstance(ahead, Passed) and is_plain(plan) else None
-        if passed is not None:
-            proposal = self._plain(passed.requests, placed(passed.requests, self.device), plan.guesses_of(passed.requests))
-            return [self._verification(proposal)._replace(passed=passed)]
         drafting = {id(request) for request in plan.drafting if plan.shape.nodes > 1}
         copying = {id(request) for request in plan.copying if plan.shape.nodes > 1}
         by_head = [request for request in requests if id(request) in drafting]
@@ -87,10 +88,19 @@ class Verifications:
         reach = max([shape.depth, ahead.grown.levels if ahead else 0, *(draft.depth for draft in drafts or ())])
         options, noise = self.sampling(requests, reach)
         tree = self.proposer.propose(requests, at, shape, options, noise, drafts, ahead)
-        plan.levels = self.proposer.levels if self.proposer.drafter else 1
+        plan.nodes, plan.levels = shape.nodes, self.proposer.levels if self.proposer.drafter else 1
         if not self.fixed and not self.proposer.drafted(requests, tree):
             return self._plain(requests, at, drafts)
         return Proposal(requests, at, tree, reach, options, noise, drafts, len(requests))
+
+    def _passed(self, passed: Passed, plan: Plan) -> Proposal:
+        """What the target has computed ahead."""
+        requests, at = passed.requests, placed(passed.requests, self.device)
+        self.proposer.drew(passed.grown)
+        if passed.grown is None:
+            return self._plain(requests, at, plan.guesses_of(requests))
+        plan.nodes, plan.levels = passed.shape.nodes, passed.grown.levels
+        return Proposal(requests, at, passed.tree, plan.levels, *self.sampling(requests, plan.levels), None, len(requests))
 
     def _price(self, shape: TreeShape) -> float:
         """Of what texts propose beside the head. By graphs the device waits while it is looked up: not for what hardly finds a place."""

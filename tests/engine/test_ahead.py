@@ -17,41 +17,64 @@ from server.engine.kv_cache import PagedTensors
 from server.engine.request import Request
 from server.engine.target import Rows, Target
 from server.engine.types import SamplingParams, Tree
+from server.engine.verifications import Proposal, Verification
 from tests.engine.engines import Result, Run, run
 from tests.engine.recorder import KINDS, Recorded
 
 MakeEngine = Callable[..., Engine]
 
 
+def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Proposal]:
+    """What is verified from now on."""
+    seen, verification = [], engine.steps.verifications._verification
+
+    def spied(proposal: Proposal) -> Verification:
+        found = verification(proposal)
+        seen.append(found.proposal)
+        return found
+
+    monkeypatch.setattr(engine.steps.verifications, "_verification", spied)
+    return seen
+
+
+@pytest.mark.parametrize("ngrams", [False, True])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_drafting_ahead_drafts_what_drafting_later_would(
-    temperature: float, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Requests come and end at different times."""
+    temperature: float, ngrams: bool, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Requests come and end at different times. Without texts, the target goes ahead as well."""
     requests = [
         (demo_prompts[i], SamplingParams(max_tokens=20 + 7 * i, seed=i, temperature=temperature, ignore_eos=True)) for i in range(5)
     ]
 
-    def drafted(ahead: bool) -> tuple[list[Result], dict[tuple[str, int], tuple]]:
-        engine = demo_engine(max_num_seqs=3, load_rule=False, ngrams=False)
-        propose, trees = engine.proposer.propose, {}
+    def drafted(ahead: bool) -> tuple[list[Result], dict[tuple[str, int], tuple], int]:
+        engine, trees, passes = demo_engine(max_num_seqs=3, load_rule=False, ngrams=ngrams), {}, itertools.count()
+        verification, pass_ahead = engine.steps.verifications._verification, engine.steps._pass_ahead
 
-        def record(batch: list[Request], *arguments: Any) -> Tree:
-            tree = propose(batch, *arguments)
-            for request, tokens, parents in zip(batch, tree.tokens.tolist(), tree.parent.tolist(), strict=True):
+        def record(proposal: Proposal) -> Verification:
+            found = verification(proposal)
+            tree = found.proposal.tree
+            for request, tokens, parents in zip(proposal.requests, tree.tokens.tolist(), tree.parent.tolist(), strict=True):
                 trees[request.request_id, len(request.token_ids)] = tokens, parents
-            return tree
+            return found
 
-        monkeypatch.setattr(engine.proposer, "propose", record)
+        def counted(*arguments: Any) -> Passed | None:
+            passed = pass_ahead(*arguments) if ahead else None
+            return passed and next(passes) >= 0 and passed
+
+        monkeypatch.setattr(engine.steps.verifications, "_verification", record)
+        monkeypatch.setattr(engine.steps, "_pass_ahead", counted)
         if not ahead:
             monkeypatch.setattr(engine.steps, "_go_ahead", lambda *_: None)
             monkeypatch.setattr(engine.steps, "_join", lambda *_: None)
-        return run(engine, requests), trees
+        return run(engine, requests), trees, next(passes)
 
-    (results, trees), (later, others) = drafted(ahead=True), drafted(ahead=False)
+    (results, trees, passes), (later, others, _) = drafted(ahead=True), drafted(ahead=False)
     assert [result.token_ids for result in results] == [result.token_ids for result in later]
     assert trees == others
     assert all(set(tokens[1:]) != {-1} for tokens, _ in trees.values()), "those that come have trees at once"
+    assert passes == 0 if ngrams else passes > 10
 
 
 def test_plain_steps_keep_the_draft_cache_true(
@@ -62,8 +85,7 @@ def test_plain_steps_keep_the_draft_cache_true(
 
     def drafted(bounded: bool) -> tuple[list[list[int]], list[Tree], int]:
         engine = demo_engine(max_num_seqs=3, load_rule=False, ngrams=False)
-        full, trees, most, propose = engine.shape, list[Tree](), 0, engine.proposer.propose
-        monkeypatch.setattr(engine.proposer, "propose", lambda *arguments: trees.append(propose(*arguments)) or trees[-1])
+        full, most, proposals = engine.shape, 0, watch(engine, monkeypatch)
         if not bounded:
             monkeypatch.setattr(engine.proposer.cache, "bound", lambda _: None)
         running = Run(engine)
@@ -71,7 +93,8 @@ def test_plain_steps_keep_the_draft_cache_true(
             running.add(str(i), *request)
         for step in itertools.count():
             if not engine.has_work():
-                return [result.token_ids for result in running.results.values()], [tree for tree in trees if len(tree.tokens[0]) > 1], most
+                trees = [proposal.tree for proposal in proposals if len(proposal.tree.tokens[0]) > 1]
+                return [result.token_ids for result in running.results.values()], trees, most
             engine.shape = full if step % 30 > 24 else full.shrunk(1)
             running.step()
             if step % 30 < 24:

@@ -68,7 +68,7 @@ class TestRule:
         while (plan := rule.choose(requests)).drafting and steps < 20:
             steps += 1
             plan.drafts = [(request, plan.shape.nodes - 1, 0) for request in plan.drafting]
-            plan.levels = plan.shape.depth
+            plan.nodes, plan.levels = plan.shape.nodes, plan.shape.depth
             rule.observe(plan, None)
         assert 2 < steps < 20
 
@@ -77,7 +77,7 @@ class TestRule:
         for _ in range(60):
             plan = rule.choose(requests)
             plan.drafts = [(request, plan.shape.nodes - 1, 2) for request in plan.drafting]
-            plan.levels = plan.shape.depth
+            plan.nodes, plan.levels = plan.shape.nodes, plan.shape.depth
             rule.observe(plan, 1.0 if not plan.drafting else 1.2 if plan.shape.nodes == 4 else 9.0)
         assert plan.shape.nodes == 4
 
@@ -91,25 +91,25 @@ class TestRule:
     @pytest.mark.parametrize("batch", [4, 32])
     def test_learns_whether_levels_pay(self, batch: int, share: float) -> None:
         """Trees are as deep as the step before began them; five levels take a fifth more of a step than three."""
-        rule, requests, depths, levels = FixedTreeRule(SHAPE, seconds(512.0, level=0.12), USUAL), self.requests(batch), [], 5
+        rule, requests, depths, begun = FixedTreeRule(SHAPE, seconds(512.0, level=0.12), USUAL), self.requests(batch), [], SHAPE
         for _ in range(40 * COMPARING):
             plan = rule.choose(requests)
-            accepted = rule.usual(plan.shape.nodes) * (share if levels == 3 else 1.0)
-            plan.drafts = [(request, plan.shape.nodes - 1, accepted) for request in plan.drafting]
-            plan.levels, levels = levels, plan.shape.depth
+            accepted = rule.usual(begun.nodes) * (share if begun.depth == 3 else 1.0)
+            plan.drafts = [(request, begun.nodes - 1, accepted) for request in plan.drafting]
+            plan.nodes, plan.levels, begun = begun.nodes, begun.depth, plan.shape
             rule.observe(plan, None)
             depths.append(plan.shape.depth)
         last = depths[-4 * COMPARING :]
-        assert last.count(5 if share < 1 else 3) == 4 * (COMPARING - 1)
+        assert last.count(5 if share < 1 else 3) >= 4 * (COMPARING - 2)
 
     def test_learns_of_which_trees_requests_accept_more(self) -> None:
         """The figures known beforehand speak for two nodes at this load."""
-        rule, requests, levels, nodes = FixedTreeRule(SHAPE, seconds(80.0), USUAL), self.requests(32), 1, list[int]()
+        rule, requests, begun, nodes = FixedTreeRule(SHAPE, seconds(80.0), USUAL), self.requests(32), SHAPE.shrunk(2), list[int]()
         for _ in range(30 * COMPARING):
             plan = rule.choose(requests)
-            accepted = rule.usual(plan.shape.nodes) * (1.5 if (plan.shape.nodes, levels) == (4, 3) else 1.0)
-            plan.drafts = [(request, plan.shape.nodes - 1, accepted) for request in plan.drafting]
-            plan.levels, levels = levels, plan.shape.depth
+            accepted = rule.usual(begun.nodes) * (1.5 if (begun.nodes, begun.depth) == (4, 3) else 1.0)
+            plan.drafts = [(request, begun.nodes - 1, accepted) for request in plan.drafting]
+            plan.nodes, plan.levels, begun = begun.nodes, begun.depth, plan.shape
             rule.observe(plan, None)
             nodes.append(plan.shape.nodes)
         assert set(nodes[: COMPARING - 3]) == {2}
@@ -125,7 +125,8 @@ class TestRule:
             plan = rule.choose(requests)
             is_bad = 100 <= step < 140 and bool(plan.drafting) == (slow == 2.0)
             usual = rule.usual(plan.shape.nodes) * share
-            plan.drafts, plan.levels = [(request, plan.shape.nodes - 1, usual) for request in plan.drafting], plan.shape.depth
+            plan.drafts = [(request, plan.shape.nodes - 1, usual) for request in plan.drafting]
+            plan.nodes, plan.levels = plan.shape.nodes, plan.shape.depth
             true = rule._first[32][plan.shape if plan.drafting else SHAPE.shrunk(1)]
             rule.observe(plan, true * (2.0 if is_bad else 1.0))
             drafting.append(bool(plan.drafting) and not plan.apart)
