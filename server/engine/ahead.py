@@ -7,6 +7,7 @@ loads no slot that the request has not written.
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from server.engine.drafter import Grown, TreeShape
@@ -49,6 +50,14 @@ class Drafted(NamedTuple):
         pool = Pool(*map(torch.cat, zip(others.grown.pool, self.grown.pool, strict=True)))
         guesses = torch.cat((their_tokens, tokens)), torch.cat((their_scores, scores))
         return Drafted(others.requests + self.requests, Grown(pool, self.grown.levels, guesses))
+
+    def and_new(self, requests: list[Request]) -> "Drafted":
+        """Beside ``requests`` whose turn to draft is a step later."""
+        (scores, tokens, parents), more = self.grown.pool, (0, 0, 0, len(requests))
+        pool = Pool(F.pad(scores, more, value=float("-inf")), F.pad(tokens, more), F.pad(parents, more))
+        best, their_scores = self.grown.guesses
+        guesses = F.pad(best, more[2:]), F.pad(their_scores, more[2:], value=IMPROBABLE)
+        return Drafted(self.requests + requests, Grown(pool, self.grown.levels, guesses))
 
 
 class Passed(NamedTuple):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from kernels import cpu
 from server.engine.drafter import TreeShape
+from server.engine.graphs import in_halves
 
 logger = logging.getLogger(__name__)
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
@@ -95,7 +96,8 @@ def measure_trees(run: Callable[[int, TreeShape], float], shapes: Sequence[TreeS
     """
     seconds: dict[int, dict[TreeShape, float]] = {}
     start = time.perf_counter()
-    for batch in tqdm(powers_of_two(max_batch), desc="timing trees", unit="batch size", leave=False):
+    batches = sorted({min(in_halves(batch), max_batch) for batch in range(1, max_batch + 1)})
+    for batch in tqdm(batches, desc="timing trees", unit="batch size", leave=False):
         if time.perf_counter() - start > RECORDING_SECONDS:
             logger.warning("timing trees took over %.0f s: %d and more requests will decode plainly", RECORDING_SECONDS, batch)
             seconds[batch] = {shape: 1.0 for shape in shapes if shape.nodes == 1}

@@ -19,6 +19,8 @@ from server.engine.kv_cache import PagedTensors
 from server.engine.pool import Pool
 from server.engine.types import Verdict
 
+LEAST_WIDTH = 4  # see ``draft_width``
+
 
 class TreeShape(NamedTuple):
     """How much to draft, at most: ``nodes`` verified (root included), ``depth`` levels, ``topk`` nodes expanded a level. Without levels
@@ -46,6 +48,13 @@ class TreeShape(NamedTuple):
     def shrunk(self, nodes: int) -> "TreeShape":
         """The shape for fewer nodes: no level and no branch that they could not fill."""
         return self._replace(nodes=nodes, depth=min(self.depth, max(1, nodes - 1)), topk=max(1, min(self.topk, nodes // 2)))
+
+
+def draft_width(shape: TreeShape) -> int:
+    """Rows of a request by which ``go_on`` brings draft caches up: enough for any tree of so many nodes, whatever was copied beside the
+    head, and for all trees that the target may have gone ahead of.
+    """
+    return max(LEAST_WIDTH, 1 << max(shape.depth, shape.nodes - 1).bit_length())
 
 
 class Grown(NamedTuple):
@@ -152,7 +161,7 @@ class Drafter:
         features [B, D + 1, 3 * H] of the nodes of the verdict's paths; context_lens and noise: as they were for the verification.
         """
         assert self.graphs is not None
-        width = 1 << max(shape.depth, shape.nodes - 1).bit_length()  # one for all trees of a shape, whatever was copied beside the head
+        width = draft_width(shape)
         more = width - features.shape[1]
         features, tokens = F.pad(features, (0, 0, 0, more)), F.pad(verdict.tokens, (0, more), value=-1)
         return Grown.of(

@@ -17,7 +17,7 @@ from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.grammar import Grammars
-from server.engine.graphs import Graphs, cuda_recorder, in_eighths, power_of_two
+from server.engine.graphs import Graphs, cuda_recorder, in_eighths, in_halves
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import Report, load
 from server.engine.ngram import Ngrams
@@ -255,7 +255,7 @@ def _graphs(target: Target, config: EngineConfig) -> tuple[Graphs, Graphs] | tup
     """Graphs of trees and of prompts where the device has them and the configuration does not forbid them."""
     if target.device.type != "cuda" or not config.cuda_graphs:
         return None, None
-    return Graphs(cuda_recorder(target.device), power_of_two), Graphs(cuda_recorder(target.device), in_eighths)
+    return Graphs(cuda_recorder(target.device), in_halves), Graphs(cuda_recorder(target.device), in_eighths)
 
 
 def _tree_shape(config: EngineConfig, head: bool) -> TreeShape:

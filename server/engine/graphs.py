@@ -101,8 +101,14 @@ def cuda_recorder(device: torch.device) -> Recorder:
 
 
 def power_of_two(count: int) -> int:
-    """The next one: a GPU takes as long for few as for somewhat more, and all sizes can be recorded at start."""
+    """The next one."""
     return 1 << (count - 1).bit_length()
+
+
+def in_halves(count: int) -> int:
+    """1, 2, 4, ... 32, 48, 64, 96, ...: a GPU takes as long for few as for somewhat more, and all sizes can be recorded at start."""
+    power = power_of_two(count)
+    return power * 3 // 4 if power > 32 and count <= power * 3 // 4 else power
 
 
 def in_eighths(count: int) -> int:

@@ -15,9 +15,8 @@ from server.engine.request import Request
 from server.engine.target import Rows
 from server.engine.types import TokenLogprob
 
-PIECE = 32  # rows of a prompt that are an entry of a graph's batch
-BESIDE, LEAST_ROWS = 4, 128  # Times as many entries as requests, and rows at least, are recorded for trees with prompts along with them,
-SPARED_ROWS = 256  # which spares as much as so many rows cost: the model is read once (H200, 8 billion parameters).
+PIECE = 16  # rows of a prompt that are an entry of a graph's batch
+BESIDE, LEAST_ROWS = 4, 128  # times as many entries as requests, and rows at least, are recorded for trees with prompts along with them
 
 
 class Prompts(NamedTuple):
@@ -78,16 +77,13 @@ def most_entries(nodes: int, max_seqs: int) -> int:
 
 
 def fit_beside(prompts: Rows, trees: int, nodes: int, longest: int, max_seqs: int) -> bool:
-    """Whether prompts in pieces are computed along with so many trees of ``nodes`` nodes and contexts of at most ``longest`` tokens: by
-    graphs that were recorded at start, and where it takes less time.
+    """Whether prompts in pieces are computed along with so many trees of ``nodes`` nodes and contexts of at most ``longest`` tokens. It
+    spares a pass, for which the whole model is read, and is done by graphs that were recorded at start.
     """
-    nodes, pieces = power_of_two(nodes), len(prompts.tokens)
-    if prompts.keep is None or nodes > PIECE:
-        return False
-    entries, alone = power_of_two(trees + pieces * (PIECE // nodes)), power_of_two(trees)
+    nodes = power_of_two(nodes)
+    entries = trees + len(prompts.tokens) * (PIECE // nodes)
     context = max(prompts.layout.max_context + PIECE, longest)
-    recorded = entries <= most_entries(nodes, max_seqs) and context <= LEAST_CONTEXT
-    return recorded and (entries - alone) * nodes <= pieces * PIECE + SPARED_ROWS
+    return prompts.keep is not None and nodes <= PIECE and entries <= most_entries(nodes, max_seqs) and context <= LEAST_CONTEXT
 
 
 def extend(computed: Computed, joined: list[Request]) -> None:

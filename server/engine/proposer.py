@@ -22,11 +22,12 @@ from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.ngram import Candidates, Draft, Ngrams
 from server.engine.pool import best_tree, limited, merge, root_only
-from server.engine.prompts import Prompts
+from server.engine.prompts import Computed
 from server.engine.request import Request
 from server.engine.types import Tree, Verdict
 
 logger = logging.getLogger(__name__)
+FEW = 4  # times as many others do not wait while the head drafts for those that are new: a pass takes as long for a few as for many
 
 
 class Proposer:
@@ -155,26 +156,30 @@ class Proposer:
             return None
 
     def join(
-        self, prompts: Prompts, places: list[int], features: Tensor, tokens: Tensor, shape: TreeShape, options: SamplingBatch,
+        self, computed: Computed, places: list[int], tokens: Tensor, others: Drafted | None, shape: TreeShape, options: SamplingBatch,
         noise: Noise | None,
     ) -> Drafted | None:  # fmt: skip
         """Take the prompts at ``places``, which end with this chunk, into the draft cache, and draft from their first ``tokens`` int64 [B],
-        while the host does not know them; features [B', N, 3 * H] of the prompts' rows. None when that fails; then it is done in its turn.
+        while the host does not know them; beside the ``others``, who do not wait for a few. None when that fails; then it is done in its
+        turn.
         """
         assert self.drafter is not None
         assert self.cache is not None
-        requests = [prompts.requests[i] for i in places]
-        computed = features.flatten(0, 1)
-        pieces = [(*prompts.requests[i].pending, computed[prompts.firsts[i] :][: len(prompts.chunks[i])]) for i in places]
+        assert computed.features is not None
+        (whose, chunks, firsts, _), tapped = computed.prompts, computed.features.flatten(0, 1)
+        requests = [whose[i] for i in places]
+        pieces = [(*whose[i].pending, tapped[firsts[i] :][: len(chunks[i])]) for i in places]
         try:
             ends = [request.prefill_len for request in requests]
             rows, lengths = self.cache.extend(requests, ends, [piece for own in pieces for piece in own], tokens)
+            if others and FEW * len(requests) <= len(others.requests):
+                return others.and_new(requests)
             sigma, temperature = self._sigma(requests, shape.depth), self.cache.temperature(requests)
             if noise is not None:
                 noise = replace(noise, key=noise.key._replace(positions=noise.key.positions + 1))
             options = options._replace(allowed=None)
             grown = self.drafter.grow(rows, self.pool.tables[rows], lengths, max(ends), shape, options, noise, sigma, temperature, None)
-            return Drafted(requests, grown)
+            return Drafted(requests, grown).beside(others)
         except torch.AcceleratorError:
             raise
         except Exception:

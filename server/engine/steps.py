@@ -17,6 +17,7 @@ from server.engine.batch import placed
 from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.costs import MAX_TREE_ROWS
+from server.engine.drafter import draft_width
 from server.engine.grammar import constrain
 from server.engine.graphs import Graphs
 from server.engine.host import fetch, on_device
@@ -109,9 +110,8 @@ class Steps:
         first = self._first_tokens(computed) if computed else None
         # What belongs to the next step comes last.
         drafted = self._go_ahead(begun[0], plan) if lasting else None
-        joined = self._join(first, computed, decoding, plan) if first and computed else None
-        ready = joined.beside(drafted) if joined else drafted
-        passed = self._pass_ahead(begun[0], first, ready, late, plan) if passing else None
+        joined = self._join(first, computed, drafted, decoding, plan) if first and computed else None
+        passed = self._pass_ahead(begun[0], first, joined or drafted, late, plan) if passing else None
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:
@@ -122,7 +122,7 @@ class Steps:
             stats.prompt_tokens += sum(map(len, computed.prompts.chunks))
         if first:
             outputs += self._commit(first.requests, first.verdict, told[0], told[1], first.logits, stats)
-        self.ahead = passed._replace(lengths=[request.context_len for request in passed.requests]) if passed else ready
+        self.ahead = passed._replace(lengths=[request.context_len for request in passed.requests]) if passed else joined or drafted
 
     def _fit_beside(self, prompts: Prompts, trees: list[Rows]) -> bool:
         """Whether prompts are computed by the forward pass of this step's trees: a CPU computes all rows together."""
@@ -162,15 +162,15 @@ class Steps:
         verdict, healthy = _verify(tree, 0, last, options, noise)
         return First(done, complete, last, verdict, options, noise, fetch(verdict.tokens, healthy))
 
-    def _join(self, first: First, computed: Computed, decoding: list[Request], plan: Plan) -> Drafted | None:
-        """Where others draft by graphs, the head drafts for those with a first token as well, before the host knows it."""
-        prompts, features = computed.prompts, computed.features
+    def _join(self, first: First, computed: Computed, others: Drafted | None, decoding: list[Request], plan: Plan) -> Drafted | None:
+        """Where others draft by graphs, those with a first token are taken in by the head as well, before the host knows it."""
         # As in ``_go_ahead``: logits that are still to be read would be overwritten.
         read = any(request.params.logprobs is not None for request in decoding)
         drafts = self.proposer.drafter is not None and self.graphs is not None and plan.drafting and not plan.apart and not is_plain(plan)
-        if features is None or not drafts or read or len(first.places) * plan.shape.nodes > MAX_TREE_ROWS:
+        if computed.features is None or not drafts or read or len(first.places) * plan.shape.nodes > MAX_TREE_ROWS:
             return None
-        return self.proposer.join(prompts, first.places, features, first.verdict.tokens[:, 0], plan.shape, first.options, first.noise)
+        tokens = first.verdict.tokens[:, 0]
+        return self.proposer.join(computed, first.places, tokens, others, plan.shape, first.options, first.noise)
 
     def _begin(self, verification: Verification, logits: Tensor, features: Tensor | None) -> Begun:
         """Give the device what is to be done with a verification's results; logits [B * N, V], or of the rows that were to be kept."""
@@ -222,7 +222,8 @@ class Steps:
         read = any(request.params.logprobs is not None for request in requests)
         if self.graphs is None or is_plain(plan) or read or _all_end(requests):
             return None
-        if features is None or self.proposer.guesses is None or not batch.by_head or batch.tree.tokens.shape[1] == 1:
+        nodes = batch.tree.tokens.shape[1]  # of a shape that was larger, the target may have gone ahead
+        if features is None or self.proposer.guesses is None or not batch.by_head or nodes == 1 or nodes > draft_width(plan.shape):
             return None
         options = batch.options._replace(allowed=None)
         return self.proposer.go_ahead(requests, batch.at.rows, begun.rows.layout, features, verdict, plan.shape, options, batch.noise)

@@ -17,12 +17,11 @@ from server.engine.costs import (
     machine,
     measure_costs,
     measure_trees,
-    powers_of_two,
     tree_shapes,
 )
 from server.engine.drafter import TreeShape
 from server.engine.fixed_trees import FixedTreeRule
-from server.engine.graphs import LEAST_CONTEXT, in_eighths, power_of_two
+from server.engine.graphs import LEAST_CONTEXT, in_eighths, in_halves
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool
 from server.engine.ngram import FullDrafts
 from server.engine.prompts import PIECE, most_entries
@@ -61,9 +60,9 @@ def _record_graphs(steps: Steps, full: TreeShape, max_seqs: int) -> None:
     prompts = sorted({in_eighths(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
     blank = [_blank_prompts(steps.pool, count) for count in prompts]
     for nodes in sorted({shape.nodes for shape in tree_shapes(full)}):
-        for entries in powers_of_two(most_entries(nodes, max_seqs)):
+        for entries in sorted({in_halves(count) for count in range(1, most_entries(nodes, max_seqs) + 1)}):
             contexts = {SHORT_CONTEXT, LEAST_CONTEXT} if nodes <= SHORT_NODES else {LEAST_CONTEXT}
-            own = {min(contexts)} if entries <= power_of_two(max_seqs) else set()
+            own = {min(contexts)} if entries <= in_halves(max_seqs) else set()
             blank += [_blank_trees(steps.pool, entries, nodes, context) for context in sorted(contexts - own)]
     for rows in tqdm(blank, desc="recording graphs", unit="graph", leave=False):
         steps.target.forward_parts([rows], steps.cache)

@@ -11,7 +11,7 @@ from drafts.eagle3 import Eagle3Head
 from server.engine import engine as engine_module
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
-from server.engine.graphs import Graphs, in_eighths, power_of_two
+from server.engine.graphs import Graphs, in_eighths, in_halves
 from tests.engine.prompts import PROMPTS
 from tests.engine.recorder import Recorded
 
@@ -63,6 +63,6 @@ def recorded_prompts() -> Recorded:
 def recorded(recorded_prompts: Recorded, monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """Engines made in a test use graphs; those of trees are counted here."""
     counting = Recorded()
-    both = Graphs(counting, power_of_two), Graphs(recorded_prompts, in_eighths)
+    both = Graphs(counting, in_halves), Graphs(recorded_prompts, in_eighths)
     monkeypatch.setattr(engine_module, "_graphs", lambda target, config: both)
     return counting

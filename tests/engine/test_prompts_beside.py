@@ -11,7 +11,7 @@ from kernels.tree_mask import tree_mask
 from server.engine import engine as engine_module
 from server.engine.ahead import Passed
 from server.engine.engine import Engine
-from server.engine.graphs import Graphs, in_eighths, power_of_two
+from server.engine.graphs import Graphs, in_eighths, in_halves
 from server.engine.lean import LeanDecoder
 from server.engine.prompts import BESIDE, LEAST_ROWS, PIECE, fit_beside
 from server.engine.target import Rows, Target
@@ -37,9 +37,9 @@ def pieces(lengths: list[int], starts: list[int], tables: torch.Tensor) -> Rows:
     [
         (3, 32, 4, 200, True),
         (3, 32, 3, 200, True),  # of which graphs make four
-        (40, 32, 4, 200, False),  # more than is recorded for trees
-        (7, 128, 4, 200, False),  # twice as many rows for little
-        (3, 128, 1, 200, True),
+        (57, 32, 4, 200, False),  # more than is recorded for trees
+        (1, 128, 8, 200, False),
+        (24, 128, 1, 200, True),
         (3, 32, 4, 1020, True),
         (3, 32, 4, 1030, False),  # recorded when it is needed, for trees alone
         (1, 1, 64, 10, False),
@@ -67,7 +67,7 @@ def test_prompts_and_trees_by_one_graph_are_what_they_are_alone(nodes: int, taps
     model = tiny_model("mistral")
     target = Target(model, taps, LeanDecoder(model))
     recorded = Recorded()
-    graphs = Graphs(recorded, power_of_two), Graphs(Recorded(), in_eighths)
+    graphs = Graphs(recorded, in_halves), Graphs(Recorded(), in_eighths)
     own = torch.arange(1, 41).view(2, 20)
     first, second = torch.arange(41, 77), torch.arange(77, 113)
     prompts = pieces([PIECE, PIECE, 5, 3], [0, PIECE, 2 * PIECE, 5], torch.stack((first, first, first, second)))
