@@ -36,9 +36,9 @@ class DraftCache:
             request.draft_len = request.context_len
             request.pending.clear()
 
-    def extend(self, requests: list[Request], ends: list[int], features: list[Tensor], newest: Tensor | None) -> tuple[Tensor, Tensor]:
+    def extend(self, requests: list[Request], ends: list[int], features: list[Tensor], newest: Tensor | None) -> None:
         """Bring the draft caches up to ``ends``; features: pieces of all rows in order; newest int64 [B]: the tokens at the ends, where the
-        host does not know them. Returns the requests' rows of the block tables, and ``ends``, int64 [B].
+        host does not know them.
         """
         entries = self._entries(requests, ends)
         last = [end - 1 for end in accumulate(end - request.draft_len for request, end in zip(requests, ends, strict=True))]
@@ -48,7 +48,6 @@ class DraftCache:
             rows + 1, torch.cat(features), following, entries[0], entries[2], last_rows, self.pool.tables[rows], lengths - 1,
             self.temperature(requests), max(ends) - 1,
         )  # fmt: skip
-        return rows, lengths
 
     def _entries(self, requests: list[Request], ends: list[int]) -> Tensor:
         """Positions, next tokens and physical slots of the rows between the draft caches and ``ends``, int64 [3, M]."""

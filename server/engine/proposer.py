@@ -27,7 +27,6 @@ from server.engine.request import Request
 from server.engine.types import Tree, Verdict
 
 logger = logging.getLogger(__name__)
-FEW = 4  # times as many others do not wait while the head drafts for those that are new: a pass takes as long for a few as for many
 
 
 class Proposer:
@@ -155,25 +154,34 @@ class Proposer:
             self.failed += 1
             return None
 
-    def join(
-        self, computed: Computed, places: list[int], tokens: Tensor, others: Drafted | None, shape: TreeShape, options: SamplingBatch,
-        noise: Noise | None,
-    ) -> Drafted | None:  # fmt: skip
-        """Take the prompts at ``places``, which end with this chunk, into the draft cache, and draft from their first ``tokens`` int64 [B],
-        while the host does not know them; beside the ``others``, who do not wait for a few. None when that fails; then it is done in its
-        turn.
+    def take_in(self, computed: Computed, places: list[int], tokens: Tensor) -> bool:
+        """Take the prompts at ``places``, which end with this chunk, into the draft cache; their first ``tokens`` int64 [B] may be unknown
+        to the host. False when that fails; then it is done in its turn.
         """
-        assert self.drafter is not None
         assert self.cache is not None
         assert computed.features is not None
         (whose, chunks, firsts, _), tapped = computed.prompts, computed.features.flatten(0, 1)
         requests = [whose[i] for i in places]
         pieces = [(*whose[i].pending, tapped[firsts[i] :][: len(chunks[i])]) for i in places]
         try:
+            self.cache.extend(requests, [request.prefill_len for request in requests], [piece for own in pieces for piece in own], tokens)
+            return True
+        except torch.AcceleratorError:
+            raise
+        except Exception:
+            logger.exception("the draft cache did not take in new requests; they draft a step later")
+            self.failed += 1
+            return False
+
+    def join(
+        self, requests: list[Request], others: Drafted | None, shape: TreeShape, options: SamplingBatch, noise: Noise | None
+    ) -> Drafted | None:
+        """Draft from the first tokens of requests that were taken in, beside ``others``. None when that fails."""
+        assert self.drafter is not None
+        assert self.cache is not None
+        try:
             ends = [request.prefill_len for request in requests]
-            rows, lengths = self.cache.extend(requests, ends, [piece for own in pieces for piece in own], tokens)
-            if others and FEW * len(requests) <= len(others.requests):
-                return others.and_new(requests)
+            rows, lengths = on_device([[request.row for request in requests], ends], self.device)
             sigma, temperature = self._sigma(requests, shape.depth), self.cache.temperature(requests)
             if noise is not None:
                 noise = replace(noise, key=noise.key._replace(positions=noise.key.positions + 1))
@@ -224,7 +232,9 @@ class Proposer:
 
     def _sigma(self, requests: list[Request], levels: int) -> Tensor:
         """Drafting temperatures, float32 [B, levels]."""
-        return on_device([level_sigmas(self.sigma, request.params.temperature, levels) for request in requests], self.device)
+        temperatures = [request.params.temperature for request in requests]
+        known = {temperature: level_sigmas(self.sigma, temperature, levels) for temperature in set(temperatures)}
+        return on_device([known[temperature] for temperature in temperatures], self.device)
 
     def _limits(self, requests: list[Request], shape: TreeShape) -> Tensor | None:
         """Most drafted nodes of every request, int64 [B]; None where the shape is the only limit."""

@@ -17,7 +17,7 @@ from server.engine.types import FinishReason, RequestOutput, RequestTimes, Sampl
 WARMEST = 2  # class of requests, see ``Request.warmth``
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """``token_ids`` holds prompt and output. K and V of the first ``context_len`` tokens are in the target's cache, of the first
     ``draft_len`` in the draft's (row i of the draft needs token i + 1); ``pending`` holds the target features of the rows between.

@@ -32,6 +32,7 @@ from server.engine.types import RequestOutput, StepStats, Tree, Verdict
 from server.engine.verifications import FEW_NODES, Proposal, Verification, Verifications, is_plain
 
 logger = logging.getLogger(__name__)
+FEW = 4  # times as many others do not wait while the head drafts for those that are new: a level takes as long for a few as for many
 
 
 class Begun(NamedTuple):
@@ -92,37 +93,70 @@ class Steps:
         decoding = [request for request in requests if not request.prefilling]
         computed = ahead.prompts.of(prefilling) if isinstance(ahead, Passed) and ahead.prompts else None
         left = [request for request in prefilling if computed is None or request not in computed.prompts.requests]
-        prompts = prompt_rows(self.pool, left, width, self.graphs is not None) if left else None
         batches = self.verifications.of(decoding, plan, ahead) if decoding else []
-        rows = [batch.rows for batch in batches if batch.passed is None]
-        early = prompts if prompts and not computed and self._fit_beside(prompts, rows) else None
-        results = self.target.forward_parts([*([early.rows] if early else []), *rows], self.cache) if early or rows else []
-        if early:
-            computed = Computed(early, *results.pop(0))
-        verified = [(batch.passed.logits, batch.passed.features) for batch in batches if batch.passed] or results
-        begun = [self._begin(batch, *result) for batch, result in zip(batches, verified, strict=True)]
-        lasting = plan.lasting and len(batches) == 1 and len(batches[0].proposal.requests) == len(decoding)
+        begun, prompts, computed = self._compute(batches, left, width, computed)
+        lasting = plan.lasting and len(begun) == 1 and len(begun[0].batch.requests) == len(decoding)
         passing = lasting and self._may_pass(requests, plan)
-        late = prompts if prompts and not early and passing and self._fit_later(prompts, computed, begun[0], plan) else None
+        late = prompts if prompts and passing and self._fit_later(prompts, computed, begun[0], plan) else None
         if prompts and not (computed or late):
             # After the trees, so that the host learns what became of these meanwhile.
             computed = Computed(prompts, *self.target.forward_parts([prompts.rows], self.cache)[0])
         first = self._first_tokens(computed) if computed else None
         # What belongs to the next step comes last.
         drafted = self._go_ahead(begun[0], plan) if lasting else None
-        joined = self._join(first, computed, drafted, decoding, plan) if first and computed else None
-        passed = self._pass_ahead(begun[0], first, joined or drafted, late, plan) if passing else None
+        ready, new = self._begin_next(begun, first, computed, drafted, late, plan, passing)
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:
             outputs += self._settle(verification, drafted, plan, stats)
         told = first.answer() if first else []
         if computed:
-            extend(computed, joined.requests if joined else [])
+            extend(computed, new)
             stats.prompt_tokens += sum(map(len, computed.prompts.chunks))
         if first:
             outputs += self._commit(first.requests, first.verdict, told[0], told[1], first.logits, stats)
-        self.ahead = passed._replace(lengths=[request.context_len for request in passed.requests]) if passed else joined or drafted
+        if isinstance(ready, Passed):
+            ready = ready._replace(lengths=[request.context_len for request in ready.requests])
+        self.ahead = ready
+
+    def _compute(
+        self, batches: list[Verification], left: list[Request], width: int, computed: Computed | None
+    ) -> tuple[list[Begun], Prompts | None, Computed | None]:
+        """Begin the verifications. Returns as well the next chunks of the prompts of ``left``, where they were not computed along with
+        trees, and what is computed of prompts: ``computed``, or these.
+        """
+        if batches and (passed := batches[0].passed):
+            begun = [self._begin(batches[0], passed.logits, passed.features)]
+            return begun, self._next_chunks(left, width), computed
+        prompts, rows = self._next_chunks(left, width), [batch.rows for batch in batches]
+        early = [prompts.rows] if prompts and not computed and self._fit_beside(prompts, rows) else []
+        results = self.target.forward_parts([*early, *rows], self.cache) if early or rows else []
+        if prompts and early:
+            computed, prompts = Computed(prompts, *results.pop(0)), None
+        return [self._begin(batch, *result) for batch, result in zip(batches, results, strict=True)], prompts, computed
+
+    def _next_chunks(self, requests: list[Request], width: int) -> Prompts | None:
+        return prompt_rows(self.pool, requests, width, self.graphs is not None) if requests else None
+
+    def _begin_next(
+        self, begun: list[Begun], first: First | None, computed: Computed | None, drafted: Drafted | None, late: Prompts | None,
+        plan: Plan, passing: bool,
+    ) -> tuple[Drafted | Passed | None, list[Request]]:  # fmt: skip
+        """Begin with the next step, for which the head has ``drafted``: who is new joins those that draft, and the target goes ahead if
+        ``passing``. Returns what is begun, and whose prompts the head has taken in.
+        """
+        if first is None or computed is None or not self._may_join(first, computed, begun, plan):
+            return (self._pass_ahead(begun[0], first, drafted, late, plan) if passing else None) or drafted, []
+        places, tokens = first.places, first.verdict.tokens[:, 0]
+        if drafted and FEW * len(places) <= len(drafted.requests):  # the head drafts for them a step later, and nobody waits
+            ready = drafted.and_new(first.requests)
+            passed = self._pass_ahead(begun[0], first, ready, late, plan) if passing else None
+            return (passed or ready, first.requests) if self.proposer.take_in(computed, places, tokens) else (None, [])
+        if not self.proposer.take_in(computed, places, tokens):
+            return drafted, []
+        joined = self.proposer.join(first.requests, drafted, plan.shape, first.options, first.noise)
+        passed = self._pass_ahead(begun[0], first, joined, late, plan) if passing else None
+        return passed or joined or drafted, first.requests
 
     def _fit_beside(self, prompts: Prompts, trees: list[Rows]) -> bool:
         """Whether prompts are computed by the forward pass of this step's trees: a CPU computes all rows together."""
@@ -162,15 +196,13 @@ class Steps:
         verdict, healthy = _verify(tree, 0, last, options, noise)
         return First(done, complete, last, verdict, options, noise, fetch(verdict.tokens, healthy))
 
-    def _join(self, first: First, computed: Computed, others: Drafted | None, decoding: list[Request], plan: Plan) -> Drafted | None:
+    def _may_join(self, first: First, computed: Computed, begun: list[Begun], plan: Plan) -> bool:
         """Where others draft by graphs, those with a first token are taken in by the head as well, before the host knows it."""
         # As in ``_go_ahead``: logits that are still to be read would be overwritten.
-        read = any(request.params.logprobs is not None for request in decoding)
-        drafts = self.proposer.drafter is not None and self.graphs is not None and plan.drafting and not plan.apart and not is_plain(plan)
-        if computed.features is None or not drafts or read or len(first.places) * plan.shape.nodes > MAX_TREE_ROWS:
-            return None
-        tokens = first.verdict.tokens[:, 0]
-        return self.proposer.join(computed, first.places, tokens, others, plan.shape, first.options, first.noise)
+        read = any(request.params.logprobs is not None for verification in begun for request in verification.batch.requests)
+        drafts = self.proposer.drafter is not None and self.graphs is not None and bool(plan.drafting) and not plan.apart
+        drafts = drafts and not is_plain(plan)
+        return computed.features is not None and drafts and not read and len(first.places) * plan.shape.nodes <= MAX_TREE_ROWS
 
     def _begin(self, verification: Verification, logits: Tensor, features: Tensor | None) -> Begun:
         """Give the device what is to be done with a verification's results; logits [B * N, V], or of the rows that were to be kept."""
@@ -203,7 +235,7 @@ class Steps:
         # Whose draft caches have been brought up to what is committed now.
         extended = [drafted is not None and request.num_pending == 0 for request in batch.requests]
         is_row = batch.tree.tokens.shape[1] == 1
-        for i, rows in enumerate(kept.unbind(0) if kept is not None else ()):
+        for i, rows in enumerate(kept.unbind(0) if kept is not None and not all(extended) else ()):
             if not extended[i]:
                 batch.requests[i].pending.append(rows if is_row else rows[: accepted[i] + 1])
         outputs = self._commit(batch.requests, begun.verdict, tokens, whole, begun.logits, stats)
