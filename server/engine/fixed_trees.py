@@ -34,6 +34,12 @@ class FixedTreeRule(LoadRule):
         self._steps = {batch: dict(of) for batch, of in seconds.items()}
         self._plain = shape.shrunk(1)
         self._shapes = {(of.nodes, of.depth): of for of in tree_shapes(shape)}
+        self._parts = {
+            of: [part for part in self._shapes.values() if part.nodes <= of.nodes and part.depth <= of.depth]
+            for of in self._shapes.values()
+        }
+        self._gain = {of: self.usual(of.nodes) for of in self._shapes.values()}  # accepted tokens that are usual
+        self._priors = {of: SHALLOW if of.depth < shape.shrunk(of.nodes).depth else 1.0 for of in self._shapes.values()}
         self._factors: dict[tuple[int, TreeShape], float] = {}  # by class of requests
         self._seen: Counter[tuple[int, TreeShape]] = Counter()  # drafts that they were learned from
         self._favourite = self._plain
@@ -68,15 +74,17 @@ class FixedTreeRule(LoadRule):
             worth[request.warmth] += shared[request.warmth] if request.worth is None else request.worth
 
         def gain(shape: TreeShape) -> float:
-            accepted = self.usual(shape.nodes) * sum(total * self._factor(warmth, shape) for warmth, total in worth.items())
+            accepted = self._gain[shape] * sum(total * self._factor(warmth, shape) for warmth, total in worth.items())
             return (batch + min(accepted, (shape.nodes - 1) * len(able))) / batch * steps[self._plain] / steps[shape]
 
         return {shape: gain(shape) for shape in steps if shape.nodes > 1}
 
     def _factor(self, warmth: int, shape: TreeShape) -> float:
-        """What such requests accept of trees of the shape, over what is usual for so many nodes and what they accept otherwise."""
-        first = SHALLOW if shape.depth < self.shape.shrunk(shape.nodes).depth else 1.0
-        return self._factors.get((warmth, shape), first)
+        """What such requests accept of trees of the shape, over what is usual for so many nodes and what they accept otherwise: no fewer
+        tokens than of trees that are a part of it.
+        """
+        known = (self._gain[part] * self._factors.get((warmth, part), self._priors[part]) for part in self._parts[shape])
+        return max(known) / self._gain[shape] if self._gain[shape] else 1.0
 
     def _varied(self, best: TreeShape, gains: Mapping[TreeShape, float]) -> TreeShape:
         """The best shape, or now and then another one: for two steps, since the trees of the first were begun by the step before."""

@@ -133,3 +133,16 @@ class TestRule:
         before, after = sum(drafting[50:100]), sum(drafting[-50:])
         assert (before, after) == ((0, 0) if slow == 1.0 else (50, 50))
         assert sum(drafting[140:]) != before * len(drafting[140:]) / 50, "for a while it was wrong"
+
+    def test_what_small_trees_accept_is_expected_of_large_ones(self) -> None:
+        """Under another load it was learned that requests accept more than is usual of trees of eight nodes; larger ones were not tried."""
+        rule, requests, begun, nodes = FixedTreeRule(SHAPE, seconds(80.0, level=0.02), USUAL), self.requests(1), SHAPE, list[int]()
+        rule._factors[0, next(shape for shape in tree_shapes(SHAPE) if (shape.nodes, shape.depth) == (8, 3))] = 2.0
+        accepted = {2: 0.8, 4: 2.4, 8: 5.0, 16: 9.0}
+        for _ in range(10 * COMPARING):
+            plan = rule.choose(requests)
+            plan.drafts = [(request, begun.nodes - 1, accepted[begun.nodes]) for request in plan.drafting]
+            plan.nodes, plan.levels, begun = begun.nodes, begun.depth, plan.shape
+            rule.observe(plan, None)
+            nodes.append(plan.shape.nodes)
+        assert nodes[-4 * COMPARING :].count(16) >= 4 * (COMPARING - 2)
