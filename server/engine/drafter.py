@@ -20,6 +20,7 @@ from server.engine.pool import Pool
 from server.engine.types import Verdict
 
 LEAST_WIDTH = 4  # see ``draft_width``
+REPLAYED_ROWS = 2048  # by which the draft cache is brought up to date by graphs, at most
 
 
 class TreeShape(NamedTuple):
@@ -77,7 +78,8 @@ class Grown(NamedTuple):
 
 class Drafter:
     """A head with its cache. ``state`` [1 + rows, H]: what each request's last committed draft row returned; the first is nobody's, for
-    graphs to fill up a batch. ``graphs``: replays what is drafted; prompts and what catches up with them have too many lengths to record.
+    graphs to fill up a batch. ``graphs``: replays what is drafted; ``row_graphs``: what brings the cache up to date, in sizes for prompts
+    and over memory of its own, since what the target has gone ahead of is still to be read then.
     """
 
     def __init__(self, head: Eagle3Head, blocks: int, block_size: int, max_seqs: int) -> None:
@@ -86,6 +88,7 @@ class Drafter:
         self.head, self.block_size = head, block_size
         self.cache = PagedTensors(1, blocks, block_size, config.num_key_value_heads, config.head_dim, weight.dtype, weight.device)
         self.graphs: Graphs | None = None
+        self.row_graphs: Graphs | None = None
         self.state = torch.zeros(1 + max_seqs, config.hidden_size, dtype=weight.dtype, device=weight.device)
         self._scale = config.head_dim**-0.5
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
@@ -114,6 +117,19 @@ class Drafter:
         [M]. last int64 [B]: each request's last row, which alone goes beyond keys and values, at logical slot ``lengths`` int64 [B] of at
         most ``max_context``; temperature float32 [B]: the requests', clamped to [0, 1].
         """
+        features = features.to(self.state.dtype)
+        if self.row_graphs is None or len(tokens) > REPLAYED_ROWS:
+            self._extend(places, features, tokens, positions, slots, last, block_tables, lengths, temperature, max_context)
+            return
+        self.write(features, tokens, positions, slots)
+        rows = (part.index_select(0, last) for part in (features, tokens, positions, slots))
+        context = graph_context(max_context)
+        self.row_graphs.run(self._keep_states, places, *rows, block_tables, lengths, temperature, max_context=context)
+
+    def _extend(
+        self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
+        lengths: Tensor, temperature: Tensor, max_context: int,
+    ) -> None:  # fmt: skip
         layout = TreeLayout(block_tables, lengths, torch.zeros_like(lengths)[:, None], None, None, self.block_size, max_context)
         keys, values = self.cache.k[0], self.cache.v[0]
 
@@ -121,13 +137,28 @@ class Drafter:
             q = rope_store(qk, v, cos, sin, slots, None, keys, values)
             return tree_attention(q[last, None], keys, values, layout, self._scale)[:, 0]
 
-        hidden = self.head.combine(features.to(self.state.dtype))
+        hidden = self.head.combine(features)
         angles, condition = self.head.angles(positions), self.head.condition(temperature)
         self.state[places] = self.head(self.head.embed(tokens), hidden, angles, attend, condition, last)
 
+    def _keep_states(
+        self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, block_tables: Tensor, lengths: Tensor,
+        temperature: Tensor, max_context: int,
+    ) -> None:  # fmt: skip
+        """``_extend`` by a row of every request, as a function for graphs."""
+        last = torch.arange(len(places), device=places.device)
+        self._extend(places, features, tokens, positions, slots, last, block_tables, lengths, temperature, max_context)
+
     def write(self, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
         """Of draft rows keys and values alone; arguments as ``extend`` has them."""
-        qk, v, _ = self.head.project(self.head.embed(tokens), self.head.combine(features.to(self.state.dtype)))
+        features = features.to(self.state.dtype)
+        if self.row_graphs is None or len(tokens) > REPLAYED_ROWS:
+            self._write(features, tokens, positions, slots)
+        else:
+            self.row_graphs.run(self._write, features, tokens, positions, slots)
+
+    def _write(self, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor) -> None:
+        qk, v, _ = self.head.project(self.head.embed(tokens), self.head.combine(features))
         cos, sin = self.head.angles(positions)
         rope_store(qk, v, cos, sin, slots, None, self.cache.k[0], self.cache.v[0])
 
@@ -181,7 +212,7 @@ class Drafter:
         slots = physical_slots(block_tables, positions, self.block_size)
         last = torch.arange(len(rows), device=rows.device) * width + accepted
         features, tokens, ends = features.flatten(0, 1), tokens.clamp(min=0).flatten(), context_lens + accepted
-        self.extend(rows, features, tokens, positions.flatten(), slots.flatten(), last, block_tables, ends, temperature, max_context)
+        self._extend(rows, features, tokens, positions.flatten(), slots.flatten(), last, block_tables, ends, temperature, max_context)
         key = key._replace(positions=key.positions + accepted + 1)
         return self._static_levels(rows, block_tables, ends + 1, options, key, sigma, temperature, None, shape, max_context)
 

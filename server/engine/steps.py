@@ -81,7 +81,7 @@ class Steps:
         self.target.prompt_graphs = prompt_graphs
         self.verifications.fixed = graphs is not None
         if self.proposer.drafter:
-            self.proposer.drafter.graphs = graphs
+            self.proposer.drafter.graphs, self.proposer.drafter.row_graphs = graphs, prompt_graphs
 
     def run(self, requests: list[Request], outputs: list[RequestOutput], width: int, plan: Plan, stats: StepStats) -> None:
         """One forward pass: a chunk of at most ``width`` tokens for requests that compute their prompts, a verification for the others.

@@ -19,7 +19,7 @@ from server.engine.costs import (
     measure_trees,
     tree_shapes,
 )
-from server.engine.drafter import TreeShape
+from server.engine.drafter import REPLAYED_ROWS, Drafter, TreeShape
 from server.engine.fixed_trees import FixedTreeRule
 from server.engine.graphs import LEAST_CONTEXT, in_eighths, in_halves
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool
@@ -67,6 +67,20 @@ def _record_graphs(steps: Steps, full: TreeShape, max_seqs: int) -> None:
     for rows in tqdm(blank, desc="recording graphs", unit="graph", leave=False):
         steps.target.forward_parts([rows], steps.cache)
     steps.cache.clear([PADDING_BLOCK])
+    if steps.proposer.drafter:
+        _record_rows(steps.proposer.drafter, steps.pool, max_seqs)
+
+
+def _record_rows(drafter: Drafter, pool: BlockPool, max_seqs: int) -> None:
+    """Record what brings the draft cache up to date: any number of rows of any number of requests."""
+    features = drafter.state.new_zeros(REPLAYED_ROWS, drafter.head.fc.in_features)
+    zero = torch.zeros(REPLAYED_ROWS, dtype=torch.long, device=features.device)
+    for rows in sorted({in_eighths(count) for count in range(1, REPLAYED_ROWS + 1)}):
+        drafter.write(features[:rows], *(zero[:rows],) * 3)
+    for count in sorted({in_eighths(count) for count in range(1, max_seqs + 1)}):
+        own = zero[:count]
+        drafter.extend(own, features[:count], own, own, own, own, *_nobodys(pool, count), own.float(), 0)
+    drafter.cache.clear([PADDING_BLOCK])
 
 
 def _blank_prompts(pool: BlockPool, entries: int) -> Rows:

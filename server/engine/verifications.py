@@ -20,7 +20,7 @@ from server.engine.sampling import batch_noise, batch_options
 from server.engine.target import Rows
 from server.engine.types import Tree
 
-FEW_NODES = 4  # of a tree, which the head fills by itself: texts would raise what is committed by a few percent (demo pair)
+FEW_NODES = 8  # of a tree, which the head fills by itself: the target need not wait for what the host finds in texts
 
 
 class Proposal(NamedTuple):

@@ -13,7 +13,7 @@ from server.engine.calibration import LearnedSigma
 from server.engine.costs import StepCost
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.fixed_trees import FixedTreeRule
-from server.engine.graphs import MAX_GRAPHS, Graphs, power_of_two
+from server.engine.graphs import MAX_GRAPHS, Graphs, in_eighths, power_of_two
 from server.engine.lean import LeanDecoder
 from server.engine.prompts import PIECE
 from server.engine.types import SamplingParams
@@ -135,7 +135,8 @@ def test_prompts_of_any_length_need_few_graphs(
     lengths = [1, 2, PIECE - 1, PIECE, PIECE + 1, *range(40, 120, 9), 4 * PIECE, 4 * PIECE + 1, 180]
     requests = [(text[:length], SamplingParams(max_tokens=8, temperature=i % 2, seed=i)) for i, length in enumerate(lengths)]
     results = run(demo_engine(max_num_seqs=3), requests)
-    assert 0 < recorded_prompts.count <= 4, "of 1, 2, 3 and 4 pieces"
+    rows = {in_eighths(count) for count in range(1, 4 * PIECE + 1)}
+    assert 0 < recorded_prompts.count <= 4 + len(rows) + 3, "of 1, 2, 3 and 4 pieces, of their rows in the draft cache, and of three states"
     monkeypatch.setattr(engine_module, "_graphs", lambda target, config: (None, None))
     plain = run(demo_engine(head=False, max_num_seqs=3), requests)
     assert [result.token_ids for result in results] == [result.token_ids for result in plain]
