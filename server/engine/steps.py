@@ -1,69 +1,33 @@
 """The device side of a step: prompt chunks, and draft -> verify -> commit for every decoding request, in one forward pass."""
 
 import logging
-from collections.abc import Callable
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kernels.kv_commit import kv_commit
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
-from kernels.tree_layout import TreeLayout
 from kernels.tree_verify import tree_verify
 from server.engine.ahead import Drafted, Passed
 from server.engine.batch import placed
+from server.engine.begun import Begun, First
 from server.engine.budget import Plan
 from server.engine.config import EngineError
-from server.engine.costs import MAX_TREE_ROWS
-from server.engine.drafter import draft_width
 from server.engine.grammar import constrain
 from server.engine.graphs import Graphs
 from server.engine.host import fetch, on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.logprobs import token_logprobs
-from server.engine.pool import root_only, widened
+from server.engine.next_step import NextStep
+from server.engine.pool import root_only
 from server.engine.prompts import Computed, Prompts, extend, fit_beside, prompt_rows
 from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.target import Rows, Target, spread
 from server.engine.types import RequestOutput, StepStats, Tree, Verdict
-from server.engine.verifications import FEW_NODES, Proposal, Verification, Verifications, is_plain
+from server.engine.verifications import Proposal, Verification, Verifications
 
 logger = logging.getLogger(__name__)
-FEW = 4  # times as many others do not wait while the head drafts for those that are new: a level takes as long for a few as for many
-
-
-class Begun(NamedTuple):
-    """A verification that the device is at work on. ``answer`` waits for it: the committed tokens, whether the logits are free of NaN, the
-    drafted and the accepted nodes of every request. ``learn`` then learns from the head's guesses.
-
-    logits [B, N, V], or of the live nodes alone where nobody reads them; ``kept``: features of the nodes on the verdict's paths,
-    [B, D + 1, 3 * H].
-    """
-
-    batch: Proposal
-    rows: Rows
-    logits: Tensor
-    verdict: Verdict
-    answer: Callable[[], list[list]]
-    learn: Callable[[], None] | None
-    kept: Tensor | None
-
-
-class First(NamedTuple):
-    """The first tokens of ``requests``, which are at ``places`` among the prompts; logits [B, 1, V]; ``answer`` waits for the tokens, and
-    whether the logits are free of NaN.
-    """
-
-    requests: list[Request]
-    places: list[int]
-    logits: Tensor
-    verdict: Verdict
-    options: SamplingBatch
-    noise: Noise | None
-    answer: Callable[[], list[list]]
 
 
 class Steps:
@@ -72,6 +36,7 @@ class Steps:
     def __init__(self, target: Target, proposer: Proposer, pool: BlockPool, cache: PagedTensors) -> None:
         self.target, self.proposer, self.pool, self.cache, self.device = target, proposer, pool, cache, target.device
         self.verifications = Verifications(proposer, pool, target.vocab_size)
+        self.next = NextStep(target, proposer, pool, cache)
         self.graphs: Graphs | None = None
         self.ahead: Drafted | Passed | None = None  # what the last step began of the next one
 
@@ -96,15 +61,15 @@ class Steps:
         batches = self.verifications.of(decoding, plan, ahead) if decoding else []
         begun, prompts, computed = self._compute(batches, left, width, computed)
         lasting = plan.lasting and len(begun) == 1 and len(begun[0].batch.requests) == len(decoding)
-        passing = lasting and self._may_pass(requests, plan)
-        late = prompts if prompts and passing and self._fit_later(prompts, computed, begun[0], plan) else None
+        passing = lasting and self.next.may_pass(requests, plan)
+        late = prompts if prompts and passing and self.next.fits(prompts, computed, begun[0], plan) else None
         if prompts and not (computed or late):
             # After the trees, so that the host learns what became of these meanwhile.
             computed = Computed(prompts, *self.target.forward_parts([prompts.rows], self.cache)[0])
         first = self._first_tokens(computed) if computed else None
         # What belongs to the next step comes last.
-        drafted = self._go_ahead(begun[0], plan) if lasting else None
-        ready, new = self._begin_next(begun, first, computed, drafted, late, plan, passing)
+        drafted = self.next.draft(begun[0], plan) if lasting else None
+        ready, new = self.next.begin(begun, first, computed, drafted, late, plan, passing)
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:
@@ -138,45 +103,12 @@ class Steps:
     def _next_chunks(self, requests: list[Request], width: int) -> Prompts | None:
         return prompt_rows(self.pool, requests, width, self.graphs is not None) if requests else None
 
-    def _begin_next(
-        self, begun: list[Begun], first: First | None, computed: Computed | None, drafted: Drafted | None, late: Prompts | None,
-        plan: Plan, passing: bool,
-    ) -> tuple[Drafted | Passed | None, list[Request]]:  # fmt: skip
-        """Begin with the next step, for which the head has ``drafted``: who is new joins those that draft, and the target goes ahead if
-        ``passing``. Returns what is begun, and whose prompts the head has taken in.
-        """
-        if first is None or computed is None or not self._may_join(first, computed, begun, plan):
-            return (self._pass_ahead(begun[0], first, drafted, late, plan) if passing else None) or drafted, []
-        places, tokens = first.places, first.verdict.tokens[:, 0]
-        if drafted and FEW * len(places) <= len(drafted.requests):  # the head drafts for them a step later, and nobody waits
-            ready = drafted.and_new(first.requests)
-            passed = self._pass_ahead(begun[0], first, ready, late, plan) if passing else None
-            return (passed or ready, first.requests) if self.proposer.take_in(computed, places, tokens) else (None, [])
-        if not self.proposer.take_in(computed, places, tokens):
-            return drafted, []
-        joined = self.proposer.join(first.requests, drafted, plan.shape, first.options, first.noise)
-        passed = self._pass_ahead(begun[0], first, joined, late, plan) if passing else None
-        return passed or joined or drafted, first.requests
-
     def _fit_beside(self, prompts: Prompts, trees: list[Rows]) -> bool:
         """Whether prompts are computed by the forward pass of this step's trees: a CPU computes all rows together."""
         if self.graphs is None or len(trees) != 1:
             return self.graphs is None
         batch, nodes = trees[0].tokens.shape
         return fit_beside(prompts.rows, batch, nodes, trees[0].layout.max_context, len(self.pool.tables))
-
-    def _fit_later(self, prompts: Prompts, computed: Computed | None, begun: Begun, plan: Plan) -> bool:
-        """Whether prompts can be computed by the next step's forward pass, which is made as soon as this one's trees are verified."""
-        trees = len(begun.batch.requests) + (len(computed.prompts.requests) if computed else 0)
-        nodes, longest = 1 if is_plain(plan) else plan.shape.nodes, begun.rows.layout.max_context + begun.rows.tokens.shape[1]
-        return fit_beside(prompts.rows, trees, nodes, longest, len(self.pool.tables))
-
-    def _may_pass(self, requests: list[Request], plan: Plan) -> bool:
-        """Whether the next step's forward pass can be made before the host knows this one's outcome."""
-        if self.graphs is None or any(request.params.logprobs is not None for request in requests):
-            return False
-        by_texts = self.proposer.ngrams is not None and plan.shape.nodes > FEW_NODES
-        return is_plain(plan) or not (by_texts or any(request.matcher is not None for request in requests))
 
     def _first_tokens(self, computed: Computed) -> First | None:
         """The token after every prompt that is complete now; one that was preempted has it already."""
@@ -195,14 +127,6 @@ class Steps:
         tree, options = constrain(done, root_only(placed(done, self.device).roots), options, self.target.vocab_size)
         verdict, healthy = _verify(tree, 0, last, options, noise)
         return First(done, complete, last, verdict, options, noise, fetch(verdict.tokens, healthy))
-
-    def _may_join(self, first: First, computed: Computed, begun: list[Begun], plan: Plan) -> bool:
-        """Where others draft by graphs, those with a first token are taken in by the head as well, before the host knows it."""
-        # As in ``_go_ahead``: logits that are still to be read would be overwritten.
-        read = any(request.params.logprobs is not None for verification in begun for request in verification.batch.requests)
-        drafts = self.proposer.drafter is not None and self.graphs is not None and bool(plan.drafting) and not plan.apart
-        drafts = drafts and not is_plain(plan)
-        return computed.features is not None and drafts and not read and len(first.places) * plan.shape.nodes <= MAX_TREE_ROWS
 
     def _begin(self, verification: Verification, logits: Tensor, features: Tensor | None) -> Begun:
         """Give the device what is to be done with a verification's results; logits [B * N, V], or of the rows that were to be kept."""
@@ -245,59 +169,6 @@ class Steps:
         self.proposer.learn_texts(batch.drafts, [output.token_ids for output in outputs])
         stats.emitted += [len(output.token_ids) for output in outputs]
         return outputs
-
-    def _go_ahead(self, begun: Begun, plan: Plan) -> Drafted | None:
-        """With graphs the device drafts for the next step while the host learns what became of this one."""
-        batch, verdict, features = begun.batch, begun.verdict, begun.kept
-        requests = batch.requests
-        # Graphs, which share their memory, would overwrite logits that are still to be read.
-        read = any(request.params.logprobs is not None for request in requests)
-        if self.graphs is None or is_plain(plan) or read or _all_end(requests):
-            return None
-        nodes = batch.tree.tokens.shape[1]  # of a shape that was larger, the target may have gone ahead
-        if features is None or self.proposer.guesses is None or not batch.by_head or nodes == 1 or nodes > draft_width(plan.shape):
-            return None
-        options = batch.options._replace(allowed=None)
-        return self.proposer.go_ahead(requests, batch.at.rows, begun.rows.layout, features, verdict, plan.shape, options, batch.noise)
-
-    def _pass_ahead(self, begun: Begun, first: First | None, drafted: Drafted | None, prompts: Prompts | None, plan: Plan) -> Passed | None:
-        """The forward pass over what the next step verifies: what was ``drafted``, or by plain decoding the tokens that this one commits.
-        Along with those of ``begun`` come requests with a ``first`` token, if they have drafted as well, and ``prompts``.
-        """
-        requests, plain = begun.batch.requests, is_plain(plan)
-        if first and (plain or (drafted and len(drafted.requests) > len(requests))):
-            requests = requests + first.requests
-        if _all_end(requests) or (not plain and (drafted is None or drafted.requests != requests)):
-            return None
-        try:
-            roots, lengths, tables = self._stands(begun, requests, first)
-            tree = widened(self.proposer.trees(requests, roots, drafted.grown, plan.shape)) if drafted else root_only(roots)
-            longest = begun.rows.layout.max_context + begun.batch.tree.tokens.shape[1]
-            longest = max([longest, *(request.prefill_len for request in requests[len(begun.batch.requests) :])])
-            layout = TreeLayout(tables, lengths, tree.depth, tree.ancestors, None, self.pool.block_size, longest)
-            early = [] if prompts is None else [prompts.rows]
-            results = self.target.forward_parts([*early, Rows(tree.tokens.clamp(min=0), layout)], self.cache)
-            computed = None if prompts is None else Computed(prompts, *results[0])
-            return Passed(requests, [], plan.shape, tree, drafted and drafted.grown, *results[-1], computed)
-        except torch.AcceleratorError:
-            raise
-        except Exception:
-            logger.exception("the next step's forward pass could not be made ahead; it is made in its turn")
-            return None
-
-    def _stands(self, begun: Begun, requests: list[Request], first: First | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Last tokens and lengths after this step, int64 [B], and block tables of the requests of ``begun`` and of those of ``first`` after
-        them, which the host does not know yet.
-        """
-        layout, verdict = begun.rows.layout, begun.verdict
-        roots = verdict.tokens.gather(1, verdict.num_accepted[:, None])[:, 0]
-        lengths, tables = layout.context_lens + verdict.num_accepted + 1, layout.block_tables
-        if first is None or len(requests) == len(roots):
-            return roots, lengths, tables
-        new = on_device([[request.row, request.prefill_len] for request in first.requests], self.device).t()
-        return (
-            torch.cat((roots, first.verdict.tokens[:, 0])), torch.cat((lengths, new[1])), torch.cat((tables, self.pool.tables[new[0]])),
-        )  # fmt: skip
 
     def _record(self, batch: Proposal, drafted: list[int], accepted: list[int], plan: Plan, stats: StepStats) -> None:
         for i, (request, nodes, kept) in enumerate(zip(batch.requests, drafted, accepted, strict=True)):
@@ -345,8 +216,3 @@ def _verify(
     """The verdict, and which requests' logits are free of NaN, bool [B]; logits [B, N, V], or [K, V] of the nodes ``places``."""
     *verdict, healthy = tree_verify(logits, options, noise, *tree, max_depth, places)
     return Verdict(*verdict), healthy
-
-
-def _all_end(requests: list[Request]) -> bool:
-    """Whether none goes on after this step, whatever it brings."""
-    return all(request.num_output + 1 >= request.params.max_tokens for request in requests)

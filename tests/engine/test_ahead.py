@@ -50,7 +50,7 @@ def test_drafting_ahead_drafts_what_drafting_later_would(
 
     def drafted(ahead: bool) -> tuple[list[Result], dict[tuple[str, int], tuple], int]:
         engine, trees, passes = demo_engine(max_num_seqs=3, load_rule=False, ngrams=ngrams), {}, itertools.count()
-        verification, pass_ahead = engine.steps.verifications._verification, engine.steps._pass_ahead
+        verification, pass_ahead = engine.steps.verifications._verification, engine.steps.next.pass_ahead
 
         def record(proposal: Proposal) -> Verification:
             found = verification(proposal)
@@ -64,10 +64,10 @@ def test_drafting_ahead_drafts_what_drafting_later_would(
             return passed and next(passes) >= 0 and passed
 
         monkeypatch.setattr(engine.steps.verifications, "_verification", record)
-        monkeypatch.setattr(engine.steps, "_pass_ahead", counted)
+        monkeypatch.setattr(engine.steps.next, "pass_ahead", counted)
         if not ahead:
-            monkeypatch.setattr(engine.steps, "_go_ahead", lambda *_: None)
-            monkeypatch.setattr(engine.steps, "_may_join", lambda *_: False)
+            monkeypatch.setattr(engine.steps.next, "draft", lambda *_: None)
+            monkeypatch.setattr(engine.steps.next, "may_join", lambda *_: False)
         return run(engine, requests), trees, next(passes)
 
     (results, trees, passes), (later, others, _) = drafted(ahead=True), drafted(ahead=False)

@@ -102,7 +102,7 @@ def test_prompts_and_trees_by_one_graph_are_what_they_are_alone(nodes: int, taps
 def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What becomes of prompts beside trees from now on: computed with this step's or with the next step's."""
     seen: list[str] = []
-    forward_parts, pass_ahead = engine.steps.target.forward_parts, engine.steps._pass_ahead
+    forward_parts, pass_ahead = engine.steps.target.forward_parts, engine.steps.next.pass_ahead
 
     def counted(parts: list[Rows], *others: Any) -> list:
         if len(parts) == 2 and parts[0].layout.ancestors is None:
@@ -116,7 +116,7 @@ def watch(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return passed
 
     monkeypatch.setattr(engine.steps.target, "forward_parts", counted)
-    monkeypatch.setattr(engine.steps, "_pass_ahead", passes)
+    monkeypatch.setattr(engine.steps.next, "pass_ahead", passes)
     return seen
 
 
