@@ -73,7 +73,7 @@ def measurements(folder: Path) -> list[Stage]:
     return [
         Stage("bench", [sys.executable, "-m", "kernels.bench", "--json", folder / "bench"], 90, shown=True),
         Stage(
-            "speed", [*speed, "--rounds", "2", "--per-stream", "2", "--max-tokens", "192", "--json", folder / "speed"], SECONDS, shown=True
+            "speed", [*speed, "--rounds", "2", "--per-stream", "3", "--max-tokens", "192", "--json", folder / "speed"], SECONDS, shown=True
         ),
     ]
 
