@@ -61,6 +61,8 @@ def demo() -> dict[str, Engine]:
     return {
         "plain": Engine.from_config(EngineConfig(**paths, draft=None)),
         "speculative": Engine.from_config(EngineConfig(**paths, draft=str(DEMO / "vsd"))),
+        # The target goes ahead of such trees, and prompts are computed along with them.
+        "few nodes": Engine.from_config(EngineConfig(**paths, draft=str(DEMO / "vsd"), tree_nodes=4, max_num_seqs=6)),
     }
 
 
@@ -81,25 +83,28 @@ def greedy(demo: dict[str, Engine], demo_model: PreTrainedModel) -> tuple[list[l
     return prompts, texts
 
 
-@pytest.mark.parametrize("kind", ["plain", "speculative"])
+@pytest.mark.parametrize("kind", ["plain", "speculative", "few nodes"])
 def test_demo_pair_equals_generate(
     kind: str, demo: dict[str, Engine], demo_model: PreTrainedModel, greedy: tuple[list[list[int]], list[list[int]]]
 ) -> None:
     requests = [(prompt, SamplingParams(max_tokens=NEW, temperature=0)) for prompt in greedy[0]]
     results = run(demo[kind], requests)
     check_same(demo_model, requests, texts(results), greedy[1], 1e-3, most=1)
-    if kind == "speculative":
+    if kind != "plain":
         steps = sum(result.speculation.num_steps for result in results)
         assert sum(result.speculation.num_accepted_tokens for result in results) > steps // 2
 
 
-def test_demo_pair_samples_the_same_text_with_and_without_speculation(demo: dict[str, Engine], demo_model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("kind", ["speculative", "few nodes"])
+def test_demo_pair_samples_the_same_text_with_and_without_speculation(
+    kind: str, demo: dict[str, Engine], demo_model: PreTrainedModel
+) -> None:
     kinds: list[dict] = [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 20, "repetition_penalty": 1.2}, {"min_p": 0.05}]
     requests = [
         (demo["plain"].tokenizer(prompt).input_ids, SamplingParams(max_tokens=NEW, seed=i, **kinds[i % len(kinds)]))
         for i, prompt in enumerate(PROMPTS[1::8])
     ]
-    plain, speculative = (texts(run(demo[kind], requests)) for kind in ("plain", "speculative"))
+    plain, speculative = (texts(run(demo[of], requests)) for of in ("plain", kind))
     unfiltered = [i for i in range(len(requests)) if i % len(kinds) == 0]
     check_same(
         demo_model, [requests[i] for i in unfiltered], [speculative[i] for i in unfiltered], [plain[i] for i in unfiltered], 1e-3, most=1
