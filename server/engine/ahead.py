@@ -78,13 +78,13 @@ class Passed(NamedTuple):
     prompts: Computed | None = None
 
     def of(self, requests: list[Request]) -> "Passed | None":
-        """Of those of ``requests`` that it holds; the others' turn is a step later. None where it holds none."""
+        """Of those of ``requests`` that it holds; the others' turn is a step later. None where it holds less than half of them."""
         known = [place for place in _places(requests, self.requests) if place >= 0]
         index = [place for place in known if self.requests[place].context_len == self.lengths[place]]
+        if not index or 2 * len(index) < len(requests):
+            return None
         if index == list(range(len(self.requests))):
             return self
-        if not index:
-            return None
         chosen = on_device(index, self.logits.device)
         tree, features = Tree(*(part[chosen] for part in self.tree)), None if self.features is None else self.features[chosen]
         logits = self.logits.unflatten(0, self.tree.tokens.shape)[chosen].flatten(0, 1)

@@ -17,7 +17,7 @@ from server.engine.calibration import LearnedSigma
 from server.engine.config import NGRAM, EngineConfig, EngineError
 from server.engine.drafter import Drafter, TreeShape
 from server.engine.grammar import Grammars
-from server.engine.graphs import Graphs, cuda_recorder, in_eighths, in_halves
+from server.engine.graphs import Graphs, cuda_recorder, in_eighths, in_halves, power_of_two
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool, choose_num_blocks
 from server.engine.loading import Report, load
 from server.engine.ngram import Ngrams
@@ -49,7 +49,8 @@ class Engine:
         graphs, prompt_graphs = _graphs(target, config)
         # With graphs, what is begun ahead lies behind the nodes that are verified meanwhile, and trees are filled up to powers of two. Both
         # must fit: ``physical_slots`` takes what lies past a table for slots of its last block.
-        self.lookahead = self.shape.lookahead + (self.shape.nodes if graphs else 0)
+        widest = power_of_two(self.shape.nodes)
+        self.lookahead = max(self.shape.lookahead, widest) + widest if graphs else self.shape.lookahead
         max_slots = self.max_model_len + self.lookahead
         bytes_per_token = target.kv_bytes_per_token + (
             head.config.num_key_value_heads * head.config.head_dim * 2 * target.dtype.itemsize if head else 0
@@ -231,7 +232,7 @@ class Engine:
         if self.proposer.cache:
             if self.prefix_cache.enabled and last:
                 self.proposer.cache.complete_blocks(request)
-            rows = request.draft_len
+            rows = min(request.draft_len, request.context_len)  # who wanted no token has a draft row of one that was dropped
         self.prefix_cache.offer(request, rows)
 
     def _finish(self, request: Request, output: RequestOutput, stats: StepStats) -> None:

@@ -11,6 +11,7 @@ from server.engine.begun import Begun, First
 from server.engine.budget import Plan
 from server.engine.costs import MAX_TREE_ROWS
 from server.engine.drafter import draft_width
+from server.engine.graphs import in_halves, power_of_two
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool, PagedTensors
 from server.engine.pool import root_only, widened
@@ -34,25 +35,22 @@ class NextStep:
     def enabled(self) -> bool:
         return self.target.graphs is not None
 
-    def begin(
-        self, begun: list[Begun], first: First | None, computed: Computed | None, drafted: Drafted | None, late: Prompts | None,
-        plan: Plan, passing: bool,
-    ) -> tuple[Drafted | Passed | None, list[Request]]:  # fmt: skip
-        """Begin with the next step, for which the head has ``drafted``: who is new joins those that draft, and the target goes ahead if
-        ``passing``. Returns what is begun, and whose prompts the head has taken in.
-        """
-        if first is None or computed is None or not self.may_join(first, computed, begun, plan):
-            return (self.pass_ahead(begun[0], first, drafted, late, plan) if passing else None) or drafted, []
-        places, tokens = first.places, first.verdict.tokens[:, 0]
-        if drafted and FEW * len(places) <= len(drafted.requests):  # the head drafts for them a step later, and nobody waits
-            ready = drafted.and_new(first.requests)
-            passed = self.pass_ahead(begun[0], first, ready, late, plan) if passing else None
-            return (passed or ready, first.requests) if self.proposer.take_in(computed, places, tokens) else (None, [])
-        if not self.proposer.take_in(computed, places, tokens):
-            return drafted, []
-        joined = self.proposer.join(first.requests, drafted, plan.shape, first.options, first.noise)
-        passed = self.pass_ahead(begun[0], first, joined, late, plan) if passing else None
-        return passed or joined or drafted, first.requests
+    def may_begin(self, decoding: list[Request]) -> bool:
+        """Whether there is a next step to begin. Graphs, which share their memory, would overwrite logits that are still to be read."""
+        goes_on = any(request.num_output + 1 < request.params.max_tokens for request in decoding)
+        return self.enabled and goes_on and not _read(decoding)
+
+    def may_draft(self, begun: Begun, plan: Plan) -> bool:
+        """Whether the head can draft before the host knows what is committed."""
+        batch, nodes = begun.batch, begun.batch.tree.tokens.shape[1]
+        # Of a shape that was larger the target may have gone ahead.
+        fits = 1 < nodes <= draft_width(plan.shape)
+        return not is_plain(plan) and fits and begun.kept is not None and self.proposer.guesses is not None and batch.by_head > 0
+
+    def may_pass(self, requests: list[Request], plan: Plan) -> bool:
+        """Whether the next step's forward pass can be made as well: it does not depend on texts or grammars."""
+        by_texts = self.proposer.ngrams is not None and plan.shape.nodes > FEW_NODES
+        return is_plain(plan) or not (by_texts or any(request.matcher is not None for request in requests))
 
     def fits(self, prompts: Prompts, computed: Computed | None, begun: Begun, plan: Plan) -> bool:
         """Whether prompts can be computed by the next step's forward pass, which is made as soon as this one's trees are verified."""
@@ -60,34 +58,43 @@ class NextStep:
         nodes, longest = 1 if is_plain(plan) else plan.shape.nodes, begun.rows.layout.max_context + begun.rows.tokens.shape[1]
         return fit_beside(prompts.rows, trees, nodes, longest, len(self.pool.tables))
 
-    def may_pass(self, requests: list[Request], plan: Plan) -> bool:
-        """Whether the next step's forward pass can be made before the host knows this one's outcome."""
-        if not self.enabled or any(request.params.logprobs is not None for request in requests):
-            return False
-        by_texts = self.proposer.ngrams is not None and plan.shape.nodes > FEW_NODES
-        return is_plain(plan) or not (by_texts or any(request.matcher is not None for request in requests))
-
-    def may_join(self, first: First, computed: Computed, begun: list[Begun], plan: Plan) -> bool:
-        """Where others draft by graphs, those with a first token are taken in by the head as well, before the host knows it."""
-        # As in ``draft``: logits that are still to be read would be overwritten.
-        read = any(request.params.logprobs is not None for verification in begun for request in verification.batch.requests)
-        drafts = self.proposer.drafter is not None and self.enabled and bool(plan.drafting) and not plan.apart
-        drafts = drafts and not is_plain(plan)
-        return computed.features is not None and drafts and not read and len(first.places) * plan.shape.nodes <= MAX_TREE_ROWS
-
     def draft(self, begun: Begun, plan: Plan) -> Drafted | None:
-        """With graphs the device drafts for the next step while the host learns what became of this one."""
-        batch, verdict, features = begun.batch, begun.verdict, begun.kept
-        requests = batch.requests
-        # Graphs, which share their memory, would overwrite logits that are still to be read.
-        read = any(request.params.logprobs is not None for request in requests)
-        if not self.enabled or is_plain(plan) or read or _all_end(requests):
-            return None
-        nodes = batch.tree.tokens.shape[1]  # of a shape that was larger, the target may have gone ahead
-        if features is None or self.proposer.guesses is None or not batch.by_head or nodes == 1 or nodes > draft_width(plan.shape):
-            return None
+        """The device drafts for the next step while the host learns what became of this one."""
+        batch = begun.batch
+        assert begun.kept is not None
         options = batch.options._replace(allowed=None)
-        return self.proposer.go_ahead(requests, batch.at.rows, begun.rows.layout, features, verdict, plan.shape, options, batch.noise)
+        return self.proposer.go_ahead(
+            batch.requests, batch.at.rows, begun.rows.layout, begun.kept, begun.verdict, plan.shape, options, batch.noise
+        )
+
+    def begin(
+        self, begun: list[Begun], first: First | None, computed: Computed | None, drafted: Drafted | None, late: Prompts | None,
+        plan: Plan, passing: bool,
+    ) -> tuple[Drafted | Passed | None, list[Request]]:  # fmt: skip
+        """Begin with the next step, for which the head has ``drafted``: who is new joins those that draft, and the target goes ahead if
+        ``passing``. Returns what is begun, and whose prompts the head has taken in.
+        """
+        ready, new, soon = drafted, list[Request](), True
+        if first and computed and self._may_join(first, computed, begun, plan):
+            # The head drafts for a few of them a step later, and nobody waits.
+            soon = drafted is None or FEW * len(first.requests) > len(drafted.requests)
+            if soon and self._take_in(first, computed):
+                ready, new = self.proposer.join(first.requests, drafted, plan.shape, first.options, first.noise) or drafted, first.requests
+            elif drafted and not soon:
+                ready, new = drafted.and_new(first.requests), first.requests
+        passed = self.pass_ahead(begun[0], first, ready, late, plan) if passing else None
+        if not soon and first and computed and not self._take_in(first, computed):
+            return None, []
+        return passed or ready, new
+
+    def _take_in(self, first: First, computed: Computed) -> bool:
+        return self.proposer.take_in(computed, first.places, first.verdict.tokens[:, 0])
+
+    def _may_join(self, first: First, computed: Computed, begun: list[Begun], plan: Plan) -> bool:
+        """Where others draft by graphs, those with a first token are taken in by the head as well, before the host knows it."""
+        drafts = self.enabled and self.proposer.drafter is not None and bool(plan.drafting) and not plan.apart and not is_plain(plan)
+        few = len(first.places) * plan.shape.nodes <= MAX_TREE_ROWS
+        return drafts and few and computed.features is not None and not any(_read(verification.batch.requests) for verification in begun)
 
     def pass_ahead(self, begun: Begun, first: First | None, drafted: Drafted | None, prompts: Prompts | None, plan: Plan) -> Passed | None:
         """The forward pass over what the next step verifies: what was ``drafted``, or by plain decoding the tokens that this one commits.
@@ -96,7 +103,8 @@ class NextStep:
         requests, plain = begun.batch.requests, is_plain(plan)
         if first and (plain or (drafted and len(drafted.requests) > len(requests))):
             requests = requests + first.requests
-        if _all_end(requests) or (not plain and (drafted is None or drafted.requests != requests)):
+        rows = in_halves(len(requests)) * power_of_two(1 if plain else plan.shape.nodes)
+        if rows > MAX_TREE_ROWS or (not plain and (drafted is None or drafted.requests != requests)):
             return None
         try:
             roots, lengths, tables = self._stands(begun, requests, first)
@@ -129,6 +137,6 @@ class NextStep:
         )  # fmt: skip
 
 
-def _all_end(requests: list[Request]) -> bool:
-    """Whether none goes on after this step, whatever it brings."""
-    return all(request.num_output + 1 >= request.params.max_tokens for request in requests)
+def _read(requests: list[Request]) -> bool:
+    """Whether logits are looked at after the step."""
+    return any(request.params.logprobs is not None for request in requests)

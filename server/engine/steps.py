@@ -25,7 +25,7 @@ from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.target import Rows, Target, spread
 from server.engine.types import RequestOutput, StepStats, Tree, Verdict
-from server.engine.verifications import Proposal, Verification, Verifications
+from server.engine.verifications import Proposal, Verification, Verifications, is_plain
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Steps:
         self.next = NextStep(target, proposer, pool, cache)
         self.graphs: Graphs | None = None
         self.ahead: Drafted | Passed | None = None  # what the last step began of the next one
+        self.was_in_vain = False  # that prompts waited for the next step's pass
 
     def use_graphs(self, graphs: Graphs | None, prompt_graphs: Graphs | None) -> None:
         """Replay what has fixed sizes: then requests draft together or not at all, and nothing waits for the device in between."""
@@ -60,16 +61,19 @@ class Steps:
         left = [request for request in prefilling if computed is None or request not in computed.prompts.requests]
         batches = self.verifications.of(decoding, plan, ahead) if decoding else []
         begun, prompts, computed = self._compute(batches, left, width, computed)
-        lasting = plan.lasting and len(begun) == 1 and len(begun[0].batch.requests) == len(decoding)
-        passing = lasting and self.next.may_pass(requests, plan)
-        late = prompts if prompts and passing and self.next.fits(prompts, computed, begun[0], plan) else None
+        lasting = plan.lasting and len(begun) == 1 and len(begun[0].batch.requests) == len(decoding) and self.next.may_begin(decoding)
+        drafting = lasting and self.next.may_draft(begun[0], plan)
+        passing = lasting and (drafting or is_plain(plan)) and self.next.may_pass(requests, plan)
+        may_wait = passing and not self.was_in_vain
+        late = prompts if prompts and may_wait and self.next.fits(prompts, computed, begun[0], plan) else None
         if prompts and not (computed or late):
             # After the trees, so that the host learns what became of these meanwhile.
             computed = Computed(prompts, *self.target.forward_parts([prompts.rows], self.cache)[0])
         first = self._first_tokens(computed) if computed else None
         # What belongs to the next step comes last.
-        drafted = self.next.draft(begun[0], plan) if lasting else None
+        drafted = self.next.draft(begun[0], plan) if drafting else None
         ready, new = self.next.begin(begun, first, computed, drafted, late, plan, passing)
+        self.was_in_vain = late is not None and not isinstance(ready, Passed)
         # Nothing above changes a request but the head's state, which costs a draft; nothing below one without adding its output. So what
         # fails can be tried again alone.
         for verification in begun:

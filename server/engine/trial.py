@@ -10,18 +10,10 @@ from drafts.eagle3 import Eagle3Head
 from kernels.tree_layout import TreeLayout
 from server.engine.budget import LoadRule, default_acceptance
 from server.engine.config import EngineConfig
-from server.engine.costs import (
-    StepCost,
-    cost_of_trees,
-    kept_costs,
-    machine,
-    measure_costs,
-    measure_trees,
-    tree_shapes,
-)
+from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees, tree_shapes
 from server.engine.drafter import REPLAYED_ROWS, Drafter, TreeShape
 from server.engine.fixed_trees import FixedTreeRule
-from server.engine.graphs import LEAST_CONTEXT, in_eighths, in_halves
+from server.engine.graphs import LEAST_CONTEXT, in_eighths, in_halves, power_of_two
 from server.engine.kv_cache import PADDING_BLOCK, BlockPool
 from server.engine.ngram import FullDrafts
 from server.engine.prompts import PIECE, most_entries
@@ -59,7 +51,7 @@ def _record_graphs(steps: Steps, full: TreeShape, max_seqs: int) -> None:
     """
     prompts = sorted({in_eighths(count) for count in range(1, GPU_PREFILL_ROWS // PIECE + 1)})
     blank = [_blank_prompts(steps.pool, count) for count in prompts]
-    for nodes in sorted({shape.nodes for shape in tree_shapes(full)}):
+    for nodes in sorted({power_of_two(shape.nodes) for shape in tree_shapes(full) if power_of_two(shape.nodes) <= PIECE}):
         for entries in sorted({in_halves(count) for count in range(1, most_entries(nodes, max_seqs) + 1)}):
             contexts = {SHORT_CONTEXT, LEAST_CONTEXT} if nodes <= SHORT_NODES else {LEAST_CONTEXT}
             own = {min(contexts)} if entries <= in_halves(max_seqs) else set()
@@ -141,8 +133,9 @@ class _Trial:
         for _ in range(count):
             self.names.append(f"trial-{len(self.names)}")
             self.engine.add_request(self.names[-1], self.prompt, params)
-        while self.engine.step()[1].prompt_tokens:
-            pass
+        self.engine.step()
+        while self.engine.num_waiting or any(request.prefilling for request in self.engine.scheduler.running):
+            self.engine.step()
 
     def sync(self, batch: int, rows: int) -> float:
         """Seconds in which the draft caches of the requests catch up with ``rows`` rows each."""

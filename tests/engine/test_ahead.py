@@ -10,6 +10,7 @@ from torch import Tensor
 
 from server.engine import engine as engine_module
 from server.engine.ahead import Passed
+from server.engine.costs import MAX_TREE_ROWS
 from server.engine.draft_cache import PENDING_ROWS
 from server.engine.drafter import Grown
 from server.engine.engine import Engine
@@ -67,7 +68,7 @@ def test_drafting_ahead_drafts_what_drafting_later_would(
         monkeypatch.setattr(engine.steps.next, "pass_ahead", counted)
         if not ahead:
             monkeypatch.setattr(engine.steps.next, "draft", lambda *_: None)
-            monkeypatch.setattr(engine.steps.next, "may_join", lambda *_: False)
+            monkeypatch.setattr(engine.steps.next, "_may_join", lambda *_: False)
         return run(engine, requests), trees, next(passes)
 
     (results, trees, passes), (later, others, _) = drafted(ahead=True), drafted(ahead=False)
@@ -292,3 +293,49 @@ def test_a_pass_made_ahead_is_for_one_place(demo_engine: MakeEngine, demo_prompt
     assert found.requests == [second]
     assert torch.equal(found.logits, ahead.logits[1:])
     assert ahead.of([first]) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "depth", "topk", "block_size"), [(17, 16, 1, 1), (9, 8, 1, 2), (33, 8, 4, 1), (5, 4, 1, 1), (16, 5, 6, 16)]
+)
+def test_nothing_reaches_beyond_the_block_tables(
+    nodes: int, depth: int, topk: int, block_size: int, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of requests as long as can be, whose trees graphs fill up to a power of two."""
+    shape = {"tree_nodes": nodes, "tree_depth": depth, "tree_topk": topk, "block_size": block_size}
+    engine = demo_engine(max_num_seqs=8, load_rule=False, ngrams=False, **shape)
+    forward_parts, room = engine.steps.target.forward_parts, list[int]()
+
+    def spied(parts: list[Rows], *others: Any) -> list[tuple[Tensor, Tensor | None]]:
+        for part in parts:
+            layout = part.layout
+            assert int(layout.context_lens.max()) <= layout.max_context
+            if layout.ancestors is not None:
+                slots = layout.block_tables.shape[1] * layout.block_size
+                room.append(slots - int(layout.context_lens.max()) - part.tokens.shape[1])
+        return forward_parts(parts, *others)
+
+    monkeypatch.setattr(engine.steps.target, "forward_parts", spied)
+    prompts = demo_prompts[:16]
+    run(engine, [(p, SamplingParams(max_tokens=engine.max_request_tokens - len(p), temperature=0, ignore_eos=True)) for p in prompts])
+    assert 0 <= min(room) < 4 * nodes, "no further than needed"
+
+
+def test_the_target_goes_ahead_of_no_more_rows_than_are_recorded(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many requests come while few have large trees."""
+    engine = demo_engine(max_num_seqs=32, load_rule=False, ngrams=False, tree_nodes=64, tree_topk=8)
+    running, proposals = Run(engine), watch(engine, monkeypatch)
+    for i in range(17):
+        running.add(str(i), demo_prompts[i], SamplingParams(max_tokens=100 if i < 2 else 30, temperature=0, ignore_eos=True))
+        for _ in range(5 if i == 1 else 0):
+            running.step()
+    full = engine.shape
+    while engine.has_work():
+        count = engine.num_running + engine.num_waiting
+        engine.shape = full if count <= 2 else full.shrunk(4)
+        running.step()
+    assert max(proposal.tree.tokens.numel() for proposal in proposals) <= MAX_TREE_ROWS
+    assert max(len(proposal.requests) for proposal in proposals) == 17

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from server.engine import engine as engine_module
+from server.engine import trial
 from server.engine.calibration import LearnedSigma
 from server.engine.costs import StepCost
+from server.engine.drafter import TreeShape
 from server.engine.engine import DEFAULT_SIGMA, Engine
 from server.engine.fixed_trees import FixedTreeRule
 from server.engine.graphs import MAX_GRAPHS, Graphs, in_eighths, power_of_two
 from server.engine.lean import LeanDecoder
 from server.engine.prompts import PIECE
-from server.engine.types import SamplingParams
+from server.engine.types import SamplingParams, StepStats
 from tests.engine.engines import Run, build, poisoned_model, random_head, run, tiny_model
 from tests.engine.recorder import KINDS, Recorded
 
@@ -221,3 +223,49 @@ def test_what_most_loads_need_is_recorded_at_start(demo_engine: MakeEngine, demo
     assert sum(stats.failed_steps for stats in running.stats) == 0, "trees may be deeper than those of the step's shape"
     assert max(stats.num_running for stats in running.stats) > 3
     assert recorded.count == at_start
+
+
+@pytest.mark.parametrize(("nodes", "max_num_seqs"), [(12, 8), (5, 4), (64, 4)])
+def test_what_is_served_was_recorded_at_start(
+    nodes: int, max_num_seqs: int, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded
+) -> None:
+    """Trees of numbers of nodes that graphs fill up, with prompts along and of contexts that are not short."""
+    engine = demo_engine(max_num_seqs=max_num_seqs, load_rule=True, ngrams=False, tree_nodes=nodes, max_model_len=1000)
+    assert engine.steps.graphs
+
+    def trees() -> set:
+        assert engine.steps.graphs
+        return {key for key in engine.steps.graphs._kept if key[0].__name__ == "_trees"}  # type: ignore[index]
+
+    before = trees()
+    requests = [
+        ((prompt * 12)[: 30 if i % 2 else 300], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))
+        for i, prompt in enumerate(demo_prompts[:24])
+    ]
+    run(engine, requests)
+    assert trees() == before
+    assert {key[2][0][1][0] for key in before} == {1 << i for i in range((nodes - 1).bit_length() + 1)}
+
+
+def test_trials_time_steps_of_whole_batches(demo_engine: MakeEngine, recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without prompts among them, whenever these are computed."""
+    timed, step = list[tuple[int, int]](), trial._Trial.step
+    last: list[StepStats] = []
+    engine_step = Engine.step
+
+    def noted(engine: Engine) -> tuple:
+        outputs, stats = engine_step(engine)
+        last[:] = [stats]
+        return outputs, stats
+
+    def spied(self: trial._Trial, batch: int, shape: TreeShape) -> float:
+        seconds = step(self, batch, shape)
+        assert last[0].prompt_tokens == 0
+        timed.append((batch, len(last[0].emitted)))
+        return seconds
+
+    monkeypatch.setattr(Engine, "step", noted)
+    monkeypatch.setattr(trial._Trial, "step", spied)
+    demo_engine(max_num_seqs=12, load_rule=True, ngrams=False, tree_nodes=16)
+    assert {batch for batch, _ in timed} == {1, 2, 4, 8, 12}
+    assert all(batch == emitted for batch, emitted in timed)

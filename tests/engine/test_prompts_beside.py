@@ -201,3 +201,62 @@ def test_where_the_pass_fails_prompts_are_computed_in_their_turn(
     plain = run(demo_engine(head=False, max_num_seqs=4), requests)
     assert [result.token_ids for result in results] == [result.token_ids for result in plain]
     assert len(failed) > 3
+
+
+@pytest.mark.parametrize("kind", ["texts that propose nothing", "a head that fails"])
+def test_prompts_do_not_wait_for_a_pass_that_is_not_made(
+    kind: str, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nobody drafts in the end, the trees of the plan do not come."""
+    config: dict[str, Any] = {"max_num_seqs": 64, "load_rule": False, "max_model_len": 1000}
+    if kind == "a head that fails":
+        engine = demo_engine(tree_nodes=16, ngrams=False, **config)
+        assert engine.proposer.drafter
+        monkeypatch.setattr(engine.proposer.drafter, "grow", lambda *_: 1 / 0)
+    else:
+        engine = demo_engine(head=False, draft="ngram", tree_nodes=8, **config)
+    running = Run(engine)
+    for i in range(2):
+        running.add(str(i), list(range(10 * i + 5, 10 * i + 9)), SamplingParams(max_tokens=60, temperature=5.0, seed=i, ignore_eos=True))
+    for _ in range(4):
+        running.step()
+    running.add("new", (demo_prompts[2] * 40)[:300], SamplingParams(max_tokens=3, seed=1, ignore_eos=True))
+    for _ in range(3):
+        running.step()
+    assert running.results["new"].token_ids
+
+
+def test_where_the_pass_is_never_made_prompts_wait_once(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = demo_engine(max_num_seqs=8, load_rule=False, ngrams=False, tree_nodes=4)
+    monkeypatch.setattr(engine.steps.next, "pass_ahead", lambda *_: None)
+    running = Run(engine)
+    monkeypatch.setattr(engine.steps, "_fit_beside", lambda *_: False)
+    running.add("0", demo_prompts[0], SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+    for _ in range(4):
+        running.step()
+    running.add("1", demo_prompts[1], SamplingParams(max_tokens=3, temperature=0, ignore_eos=True))
+    running.step()
+    running.step()
+    assert running.results["1"].token_ids
+
+
+@pytest.mark.parametrize("prompt_logprobs", [None, 1])
+@pytest.mark.parametrize("others", [1, 6], ids=["drafts at once", "a step later"])
+def test_who_wants_no_token_fills_no_block(
+    others: int, prompt_logprobs: int | None, demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded
+) -> None:
+    """The head's last row of such a prompt is of a token that does not exist."""
+    engine = demo_engine(max_num_seqs=8, load_rule=False, ngrams=False)
+    running = Run(engine)
+    for i in range(others):
+        running.add(str(i), demo_prompts[i], SamplingParams(max_tokens=60, temperature=0, ignore_eos=True))
+    for _ in range(4):
+        running.step()
+    prompt = (demo_prompts[1] * 10)[: 2 * engine.pool.block_size]
+    running.add("none", prompt, SamplingParams(max_tokens=0, prompt_logprobs=prompt_logprobs))
+    results = running.finish()
+    assert results["none"].token_ids == []
+    assert results["none"].finish_reason == "length"
+    assert all(len(results[str(i)].token_ids) == 60 for i in range(others))
