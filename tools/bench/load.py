@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from server.engine.config import EngineConfig, EngineError
 from server.engine.engine import Engine
+from server.engine.host import keep_what_is_loaded
 from server.engine.loading import load
 from server.engine.target import Target
 from server.engine.types import SamplingParams, StepStats
@@ -192,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         questions = read_prompts(PROMPTS, tokenizer, 128)
         speculative = Engine(target, head, tokenizer, config)
         plain = Engine(Target(target.model, taps=False, decoder=target.decoder), None, tokenizer, config)
+        keep_what_is_loaded()
     except (EngineError, PromptError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
