@@ -293,6 +293,7 @@ def test_a_pass_made_ahead_is_for_one_place(demo_engine: MakeEngine, demo_prompt
     assert found.requests == [second]
     assert torch.equal(found.logits, ahead.logits[1:])
     assert ahead.of([first]) is None
+    assert ahead.of([first, second, first, first]) is None, "most would wait a step"
 
 
 @pytest.mark.parametrize(

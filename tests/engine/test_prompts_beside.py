@@ -260,3 +260,25 @@ def test_who_wants_no_token_fills_no_block(
     assert results["none"].token_ids == []
     assert results["none"].finish_reason == "length"
     assert all(len(results[str(i)].token_ids) == 60 for i in range(others))
+
+
+def test_a_prompt_that_loses_its_blocks_meanwhile_is_computed_anew(
+    demo_engine: MakeEngine, demo_prompts: list[list[int]], recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = [(demo_prompts[i], SamplingParams(max_tokens=30, temperature=0, ignore_eos=True)) for i in range(3)]
+    engine = demo_engine(max_num_seqs=4, load_rule=False, ngrams=False, tree_nodes=4, prefix_caching=False)
+    expected = run(demo_engine(max_num_seqs=4, load_rule=False, ngrams=False, tree_nodes=4), requests)
+    running = Run(engine)
+    for i in range(2):
+        running.add(str(i), *requests[i])
+    for _ in range(3):
+        running.step()
+    running.add("2", *requests[2])
+    running.step()
+    assert isinstance(engine.steps.ahead, Passed)
+    assert engine.steps.ahead.prompts, "its prompt is being computed"
+    make_room, preempted = engine.scheduler.make_room, iter([engine.scheduler.running[-1]])
+    monkeypatch.setattr(engine.scheduler, "make_room", lambda: next(preempted, None) or make_room())
+    results = running.finish()
+    assert sum(stats.preemptions for stats in running.stats) == 1
+    assert [results[str(i)].token_ids for i in range(3)] == [result.token_ids for result in expected]
