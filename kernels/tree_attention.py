@@ -13,7 +13,8 @@ from kernels import cpu
 from kernels.jit import compute_capability, jit, tl, triton
 from kernels.tree_layout import TreeLayout
 
-FEW_ROWS = 32  # of a request, for which a CPU reads K and V where they lie; with more, copies for the library's matrix products pay
+FEW_ROWS = 32  # of a request, for which a CPU reads K and V where they lie; with more, copies for the library's matrix products pay,
+SHORT_CONTEXT = 1024  # in float32 where contexts are longer than that
 LARGEST_HEAD = 256  # as in native/attention.h
 LOG2_E = 1.4426950408889634
 COMBINED = 2  # outputs whose splits one program adds up
@@ -31,8 +32,8 @@ def tree_attention(
     q's dtype. What rows that are not ``live`` get is finite and otherwise undefined. Where q is that of the live rows alone, [R, Hq, D],
     so is the result.
     """
-    few = layout.depth.shape[1] <= FEW_ROWS and q.shape[-1] <= LARGEST_HEAD and softcap is None and sinks is None
-    if few and cpu.serves(q):
+    few = layout.depth.shape[1] <= FEW_ROWS or (q.dtype == torch.float32 and layout.max_context <= SHORT_CONTEXT)
+    if few and q.shape[-1] <= LARGEST_HEAD and softcap is None and sinks is None and cpu.serves(q):
         return tree_attention_cpu(q, k_cache, v_cache, layout, scale, sliding_window)
     attend = tree_attention_triton if q.is_cuda else tree_attention_reference
     if q.dim() == 4:

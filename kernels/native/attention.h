@@ -87,12 +87,12 @@ void attend_tile(
         for (Index i = 1; i < ROWS; i++) shallowest = std::min(shallowest, layout.depth[request * layout.depth_row + nodes[i]]);
         begin = std::max<Index>(0, length + shallowest - layout.window + 1);
     }
-    Index slots[COLUMNS];
+    Index slots[COLUMNS], seen_by_all = length + (layout.ancestors ? 0 : nodes[0] + 1);
     layout.find(request, begin, slots);
     for (Index column = begin; column < last; column += COLUMNS) {
         Index columns = std::min(COLUMNS, last - column);
         uint32_t seen[ROWS], by_any = Layout::first_bits(COLUMNS);
-        bool masked = layout.window || column + COLUMNS > length;
+        bool masked = layout.window || column + COLUMNS > seen_by_all;
         if (masked) {
             by_any = 0;
             for (Index i = 0; i < ROWS; i++) by_any |= seen[i] = layout.seen(request, nodes[i], column);
@@ -106,9 +106,9 @@ void attend_tile(
             keys[c] = floats(k_cache + place, 2 * c), values[c] = floats(v_cache + place, 2 * c + 1);
         }
         layout.find(request, column + COLUMNS, slots);
-        for (Index c = 0; c < COLUMNS && first == 0; c++)  // nobody has read them yet
+        for (Index c = 0; c < std::min(COLUMNS, last - column - COLUMNS) && first == 0; c++)  // nobody has read them yet
             for (Index d = 0, place = (slots[c] * kv_heads + kv_head) * size; d < size; d += LINE / Index(sizeof(T)))
-                __builtin_prefetch(k_cache + place + d), __builtin_prefetch(v_cache + place + d);
+                __builtin_prefetch(k_cache + place + d, 0, 2), __builtin_prefetch(v_cache + place + d, 0, 2);
         for (Index i = 0; i < count && few; i++)
             for (Index c = 0; c < columns; c++) {
                 float score = 0;
@@ -134,14 +134,18 @@ void attend_tile(
         for (Index c = 0; c < columns; c++)
             for (Index i = 0; i < ROWS; i++) total[i] += scores[c][i] = exponential(scores[c][i] - base[i]);
         for (Index i = 0; i < count; i += GROUP)
-            for (Index v = 0; v < vectors; v++) {
-                Vector sum[GROUP];
-                for (Index j = 0; j < GROUP; j++) sum[j] = sums[i + j][v] * kept[i + j];
+            for (Index v = 0; v < vectors; v += GROUP) {
+                Vector sum[GROUP][GROUP];
+                for (Index j = 0; j < GROUP; j++)
+                    for (Index part = 0; part < GROUP; part++) sum[j][part] = sums[i + j][v + part] * kept[i + j];
                 for (Index c = 0; c < columns; c++) {
-                    Vector value = load(values[c] + v * WIDTH);
-                    for (Index j = 0; j < GROUP; j++) sum[j] += scores[c][i + j] * value;
+                    Vector value[GROUP];
+                    for (Index part = 0; part < GROUP; part++) value[part] = load(values[c] + (v + part) * WIDTH);
+                    for (Index j = 0; j < GROUP; j++)
+                        for (Index part = 0; part < GROUP; part++) sum[j][part] += scores[c][i + j] * value[part];
                 }
-                for (Index j = 0; j < GROUP; j++) sums[i + j][v] = sum[j];
+                for (Index j = 0; j < GROUP; j++)
+                    for (Index part = 0; part < GROUP; part++) sums[i + j][v + part] = sum[j][part];
             }
     }
     for (Index i = 0; i < count; i++) {
