@@ -36,7 +36,7 @@ ARGUMENTS = {
     "rope_store": [_POINTER, _INDEX, _POINTER, _INDEX, *4 * [_POINTER], *4 * [_INDEX], *3 * [_POINTER]],
     "tree_attention": [_POINTER, *3 * [_INDEX], *9 * [_POINTER], *12 * [_INDEX], _FLOAT, _POINTER],
     "kv_commit": [*2 * [_POINTER], *3 * [_INDEX], _POINTER, *2 * [_INDEX], *2 * [_POINTER], *3 * [_INDEX]],
-    "tree_verify": [*2 * [_POINTER], *2 * [_INDEX], *2 * [_POINTER], _INDEX, *4 * [_POINTER], *3 * [_INDEX], *4 * [_POINTER]],
+    "tree_verify": [*2 * [_POINTER], *2 * [_INDEX], *8 * [_POINTER], *3 * [_INDEX], *4 * [_POINTER]],
     "draft_level": [*3 * [_POINTER], _INDEX, *3 * [_POINTER], *4 * [_INDEX], *6 * [_POINTER]],
     "gumbel_noise": [*2 * [_POINTER], *2 * [_INDEX], _POINTER],
     "tree_mask": [_POINTER, *3 * [_INDEX], *2 * [_POINTER]],

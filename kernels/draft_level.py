@@ -43,7 +43,7 @@ def draft_level_reference(
     none = torch.zeros(logits.shape[:2], dtype=torch.long, device=logits.device)
     logits = apply_options(logits, _of_draft(options, target_ids), none, none + depth, none)
     if noise is not None:
-        drawn = noise.values[:, depth]
+        drawn = noise.at(depth)
         logits = logits + (drawn if target_ids is None else drawn[:, target_ids])[:, None]
     children, ids = (logits / sigma[:, None, None]).log_softmax(-1).topk(topk, dim=-1)
     children = torch.nan_to_num(children, nan=float("-inf"), neginf=float("-inf"))  # a NaN fills its whole row
@@ -232,7 +232,7 @@ def draft_level_cpu(
         torch.empty(batch, topk),
         *(torch.empty(batch, topk, dtype=torch.long) for _ in range(3)),
     )
-    drawn = None if noise is None else noise.values[:, depth]
+    drawn = None if noise is None else noise.at(depth)
     cpu.launch(
         "draft_level", logits.dtype, logits.contiguous(), options.temperature, drawn, 0 if drawn is None else drawn.stride(0),
         sigma.contiguous(), target_ids, scores.contiguous(), batch, rows, vocab, topk, *level,

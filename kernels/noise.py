@@ -146,26 +146,27 @@ class NoiseKey(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """The noise of one step. Kernels make the values where they need them, from the key; references read ``values``.
-
-    ``drawn``: the values, where they are known already.
-    """
+    """The noise of one step. Kernels make the values where they need them, from the key; what has no kernel reads ``values`` or ``at``."""
 
     key: NoiseKey
     depths: int
     vocab_size: int
-    drawn: Tensor | None = None
 
     @cached_property
     def values(self) -> Tensor:
         """float32 [B, depths, V], made once; zero for greedy requests."""
-        if self.drawn is not None:
-            return self.drawn
+        return self._of(range(self.depths))
+
+    def at(self, depth: int) -> Tensor:
+        """The values of one depth, float32 [B, V]."""
+        return self._of(range(depth, depth + 1))[:, 0]
+
+    def _of(self, depths: range) -> Tensor:
         seeds, first, sampled = self.key
         rows = sampled.nonzero().squeeze(1)
-        positions = first[rows, None] + torch.arange(self.depths, device=rows.device)
-        drawn = gumbel_noise(seeds[rows].repeat_interleave(self.depths), positions.flatten(), self.vocab_size)
-        drawn = drawn.view(len(rows), self.depths, self.vocab_size)
+        positions = first[rows, None] + torch.arange(depths.start, depths.stop, device=rows.device)
+        drawn = gumbel_noise(seeds[rows].repeat_interleave(len(depths)), positions.flatten(), self.vocab_size)
+        drawn = drawn.view(len(rows), len(depths), self.vocab_size)
         if len(rows) == len(seeds):
             return drawn
-        return drawn.new_zeros(len(seeds), self.depths, self.vocab_size).index_copy_(0, rows, drawn)
+        return drawn.new_zeros(len(seeds), len(depths), self.vocab_size).index_copy_(0, rows, drawn)

@@ -240,7 +240,7 @@ def tree_verify_cpu(
     accepted, healthy = torch.empty(batch, dtype=torch.long), torch.empty(batch, dtype=torch.bool)
     cpu.launch(
         "tree_verify", logits.dtype, logits, places, logits.numel() // vocab, vocab, options.temperature,
-        None if noise is None else noise.values, 0 if noise is None else noise.depths,
+        *((None, None, None) if noise is None else (part.contiguous() for part in noise.key)),
         *(part.contiguous() for part in (tokens, parent, depth, ancestors)), batch, nodes, max_depth, path, accepted, committed, healthy,
     )  # fmt: skip
     return path, accepted, committed, healthy

@@ -3,8 +3,7 @@
 
 #include <algorithm>
 #include <memory>
-#include <tuple>
-#include <utility>
+#include <vector>
 
 #include "numbers.h"
 
@@ -36,74 +35,99 @@ inline float gumbel(uint32_t bits) {
     return -log_normal(v < 0.1f ? small : -log_normal(1 - v));
 }
 
-constexpr Index COUNTERS = 64;  // of Philox, with four words each, that are made at once
+constexpr Index COUNTERS = 64, TOKENS = 4 * COUNTERS;  // of Philox, with four words each, that are made at once
+
+// The noise of TOKENS tokens from ``first`` on, a multiple of TOKENS. Not inlined: it is the same to the last bit whoever calls it.
+__attribute__((noinline)) inline void noise_of(Index seed, Index position, Index first, float *noise) {
+    uint32_t words[4][COUNTERS], key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+    for (Index i = 0; i < COUNTERS; i++) words[0][i] = uint32_t(first / 4 + i), words[1][i] = uint32_t(position), words[2][i] = words[3][i] = 0;
+    for (int round = 0; round < 7; round++, key0 += 0x9E3779B9, key1 += 0xBB67AE85)
+        for (Index i = 0; i < COUNTERS; i++) {
+            uint64_t first = uint64_t(words[0][i]) * 0xD2511F53, second = uint64_t(words[2][i]) * 0xCD9E8D57;
+            words[0][i] = uint32_t(second >> 32) ^ words[1][i] ^ key0, words[1][i] = uint32_t(second);
+            words[2][i] = uint32_t(first >> 32) ^ words[3][i] ^ key1, words[3][i] = uint32_t(first);
+        }
+    float drawn[4][COUNTERS];
+    for (int word = 0; word < 4; word++)
+        for (Index i = 0; i < COUNTERS; i++) drawn[word][i] = gumbel(words[word][i]);
+    for (Index i = 0; i < TOKENS; i++) noise[i] = drawn[i % 4][i / 4];
+}
 
 inline void gumbel_noise(const Index *seeds, const Index *positions, Index rows, Index vocab, float *out) {
-    Index blocks = (vocab + 4 * COUNTERS - 1) / (4 * COUNTERS);
 #pragma omp parallel for collapse(2) if (rows * vocab >= LEAST_WORK)
     for (Index row = 0; row < rows; row++)
-        for (Index block = 0; block < blocks; block++) {
-            uint32_t words[4][COUNTERS], key0 = uint32_t(seeds[row]), key1 = uint32_t(seeds[row] >> 32);
-            for (Index i = 0; i < COUNTERS; i++)
-                words[0][i] = uint32_t(block * COUNTERS + i), words[1][i] = uint32_t(positions[row]), words[2][i] = words[3][i] = 0;
-            for (int round = 0; round < 7; round++, key0 += 0x9E3779B9, key1 += 0xBB67AE85)
-                for (Index i = 0; i < COUNTERS; i++) {
-                    uint64_t first = uint64_t(words[0][i]) * 0xD2511F53, second = uint64_t(words[2][i]) * 0xCD9E8D57;
-                    words[0][i] = uint32_t(second >> 32) ^ words[1][i] ^ key0, words[1][i] = uint32_t(second);
-                    words[2][i] = uint32_t(first >> 32) ^ words[3][i] ^ key1, words[3][i] = uint32_t(first);
-                }
-            float drawn[4][COUNTERS], noise[4 * COUNTERS];
-            for (int word = 0; word < 4; word++)
-                for (Index i = 0; i < COUNTERS; i++) drawn[word][i] = gumbel(words[word][i]);
-            for (Index i = 0; i < 4 * COUNTERS; i++) noise[i] = drawn[i % 4][i / 4];
-            Index first = block * 4 * COUNTERS;
-            std::memcpy(out + row * vocab + first, noise, std::min(4 * COUNTERS, vocab - first) * sizeof *noise);
+        for (Index first = 0; first < vocab; first += TOKENS) {
+            float noise[TOKENS];
+            noise_of(seeds[row], positions[row], first, noise);
+            std::memcpy(out + row * vocab + first, noise, std::min(TOKENS, vocab - first) * sizeof *noise);
         }
 }
 
-// The place of the largest of logits / temperature + noise, the first of equal ones; whether there is no NaN among them.
+constexpr Index TOGETHER_ROWS = 8;  // that share what noise is made
+
+// Of ``rows`` rows the place of the largest of logits / temperature + noise, the first of equal ones, and whether there is no NaN among
+// them; ``seed`` null: there is no noise.
 template <class T>
-std::pair<Index, bool> largest(const T *logits, float temperature, const float *noise, Index vocab) {
+void largest(
+    const T *logits, Index rows, float temperature, const Index *seed, Index position, Index vocab, Index *places, bool *whole) {
     constexpr int LANES = 32;
-    float top[LANES];
-    int32_t place[LANES] = {}, broken = 0;
-    std::fill(top, top + LANES, -INF);
-    for (Index first = 0; first < vocab; first += LANES) {
-        Index lanes = std::min<Index>(LANES, vocab - first);
-        float scores[LANES];
-        for (Index i = 0; i < lanes; i++) scores[i] = read(logits[first + i]);
-        for (Index i = lanes; i < LANES; i++) scores[i] = -INF;
-        if (temperature != 1)
-            for (Index i = 0; i < LANES; i++) scores[i] = scores[i] / temperature;
-        if (noise)
-            for (Index i = 0; i < lanes; i++) scores[i] += noise[first + i];
-        for (Index i = 0; i < LANES; i++) {
-            broken |= scores[i] != scores[i];
-            bool more = scores[i] > top[i];
-            place[i] = more ? int32_t(first + i) : place[i], top[i] = more ? scores[i] : top[i];
-        }
+    float top[TOGETHER_ROWS][LANES], noise[TOKENS];
+    int32_t place[TOGETHER_ROWS][LANES] = {}, broken[TOGETHER_ROWS] = {};
+    std::fill(top[0], top[0] + TOGETHER_ROWS * LANES, -INF);
+    for (Index block = 0; block < vocab; block += TOKENS) {
+        if (seed) noise_of(*seed, position, block, noise);
+        for (Index row = 0; row < rows; row++)
+            for (Index first = block; first < std::min(block + TOKENS, vocab); first += LANES) {
+                Index lanes = std::min<Index>(LANES, vocab - first);
+                float scores[LANES];
+                for (Index i = 0; i < lanes; i++) scores[i] = read(logits[row * vocab + first + i]);
+                for (Index i = lanes; i < LANES; i++) scores[i] = -INF;
+                if (temperature != 1)
+                    for (Index i = 0; i < LANES; i++) scores[i] = scores[i] / temperature;
+                if (seed)
+                    for (Index i = 0; i < LANES; i++) scores[i] += noise[first - block + i];
+                for (Index i = 0; i < LANES; i++) {
+                    broken[row] |= scores[i] != scores[i];
+                    bool more = scores[i] > top[row][i];
+                    place[row][i] = more ? int32_t(first + i) : place[row][i], top[row][i] = more ? scores[i] : top[row][i];
+                }
+            }
     }
-    int best = 0;
-    for (int i = 1; i < LANES; i++)
-        if (top[i] > top[best] || (top[i] == top[best] && place[i] < place[best])) best = i;
-    return {place[best], !broken};
+    for (Index row = 0; row < rows; row++) {
+        int best = 0;
+        for (int i = 1; i < LANES; i++)
+            if (top[row][i] > top[row][best] || (top[row][i] == top[row][best] && place[row][i] < place[row][best])) best = i;
+        places[row] = place[row][best], whole[row] = !broken[row];
+    }
 }
 
-// ``places``: flat nodes that the rows of ``logits`` belong to, null if they are all in order; noise [batch, depths, vocab], greedy requests
-// having zeros. Trees as in Tree; outputs as tree_verify has them.
+// ``places``: flat nodes that the rows of ``logits`` belong to, null if they are all in order; seeds null: all requests are greedy, else
+// those that are not ``sampled``. Noise as in NoiseKey, trees as in Tree; outputs as tree_verify has them.
 template <class T>
 void tree_verify(
-    const T *logits, const Index *places, Index rows, Index vocab, const float *temperature, const float *noise, Index depths,
-    const Index *tokens, const Index *parent, const Index *depth, const Index *ancestors, Index batch, Index nodes, Index max_depth,
-    Index *path, Index *accepted, Index *committed, bool *healthy) {
+    const T *logits, const Index *places, Index rows, Index vocab, const float *temperature, const Index *seeds, const Index *positions,
+    const bool *sampled, const Index *tokens, const Index *parent, const Index *depth, const Index *ancestors, Index batch, Index nodes,
+    Index max_depth, Index *path, Index *accepted, Index *committed, bool *healthy) {
     std::unique_ptr<Index[]> target(new Index[batch * nodes]);
     std::unique_ptr<bool[]> whole(new bool[batch * nodes]);
     std::fill(target.get(), target.get() + batch * nodes, -1), std::fill(whole.get(), whole.get() + batch * nodes, true);
-#pragma omp parallel for if (rows * vocab >= LEAST_WORK)
+    auto node_of = [&](Index row) { return places ? places[row] : row; };
+    std::vector<Index> starts;  // of rows that follow one another and have the same noise
     for (Index row = 0; row < rows; row++) {
-        Index node = places ? places[row] : row, request = node / nodes;
-        const float *drawn = noise ? noise + (request * depths + depth[node]) * vocab : nullptr;
-        std::tie(target[node], whole[node]) = largest(logits + row * vocab, temperature ? temperature[request] : 1, drawn, vocab);
+        Index node = node_of(row), before = row ? node_of(row - 1) : node;
+        bool same = row && node / nodes == before / nodes && depth[node] == depth[before];
+        if (!same || row - starts.back() == TOGETHER_ROWS) starts.push_back(row);
+    }
+    starts.push_back(rows);
+#pragma omp parallel for schedule(dynamic) if (rows * vocab >= LEAST_WORK)
+    for (size_t i = 0; i < starts.size() - 1; i++) {
+        Index first = starts[i], count = starts[i + 1] - first, node = node_of(first), request = node / nodes, best[TOGETHER_ROWS];
+        bool own_whole[TOGETHER_ROWS], noisy = seeds && sampled[request];
+        largest(
+            logits + first * vocab, count, temperature ? temperature[request] : 1, noisy ? seeds + request : nullptr,
+            noisy ? positions[request] + depth[node] : 0, vocab, best, own_whole);
+        for (Index row = 0; row < count; row++)
+            target[node_of(first + row)] = best[row], whole[node_of(first + row)] = own_whole[row];
     }
     for (Index b = 0; b < batch; b++) {
         const Index first = b * nodes, place = b * (max_depth + 1);

@@ -106,15 +106,18 @@ class LoadRule:
         """Tokens that a node of a request's text must bring in the next step; None where texts are not to be looked up for it."""
         return self._texts.price(len(requests), self._cost(len(requests)), requests)
 
-    def choose(self, requests: list[Request], guesses: list[Draft] | None = None) -> Plan:
-        """Who of the step's requests drafts, with the largest tree and its prices; ``guesses``: what their texts propose, if looked up."""
-        batch, cost = len(requests), self._cost(len(requests))
+    def choose(self, requests: list[Request], guesses: list[Draft] | None = None, coming: int = 0) -> Plan:
+        """Who of the step's requests drafts, with the largest tree and its prices; ``guesses``: what their texts propose, if looked up;
+        ``coming``: requests whose prompts are computed, who will share what costs are compared for: to begin with a request pays later.
+        """
+        batch = len(requests) + coming
+        cost = self._cost(batch)
         texts = {} if guesses is None else self._texts.gains(requests, guesses, cost)
         tokens, nodes = total(texts)
         speed = (batch + tokens) / (cost.plain + self._texts.seconds(batch, cost, nodes))
         chosen: list[Request] = []
         left_out: list[Request] = []
-        if self.head and not self._resting(requests):
+        if self.head and not self._resting(requests, batch):
             able = sorted((r for r in requests if r.max_draft_nodes > 0), key=lambda r: self._advantage(r, texts), reverse=True)
             best, faster = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * speed, texts)
             speed = faster if best else speed
@@ -126,7 +129,7 @@ class LoadRule:
                 chosen = self._trusted(able[:best], batch) + self._probe(able[best:], batch)
             self._rest, self._batch = 0 if best or chosen or texts else _REST, batch
         level = self._cost(len(chosen)).level if chosen else 0.0
-        plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, batch)
+        plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, len(requests))
         plan.rows = sum(r.num_pending - 1 for r in chosen)
         if guesses is not None:
             others = {r.request_id for r in chosen + left_out}
@@ -139,9 +142,9 @@ class LoadRule:
         every = CHECK if gain > DOUBT else DOUBTFUL_CHECK
         return self._drafting % every == every - 1 or self._drafting in FIRST_CHECKS
 
-    def _resting(self, requests: list[Request]) -> bool:
+    def _resting(self, requests: list[Request], batch: int) -> bool:
         """Whether an earlier decision against drafting still holds."""
-        known = len(requests) == self._batch and self._tries[requests[0].warmth] >= TRIES
+        known = batch == self._batch and self._tries[requests[0].warmth] >= TRIES
         if not (self._rest and known and self._since_probe < self._interval - 1):
             return False
         self._rest, self._since_probe = self._rest - 1, self._since_probe + 1
@@ -277,7 +280,8 @@ class LoadRule:
         """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of that size and draft caches ``rows`` behind."""
         own, cost = self.costs[self._measured(drafting)], self.costs[self._measured(batch)]
         draft = max(0.0, own.tree(1, 1) - own.plain) + own.level * max(0.0, size.levels - 1) + own.row * rows
-        model = cost.plain + draft + cost.node / batch * size.nodes * drafting
+        trees = max(0.0, cost.text - own.text)  # of a step with any: for all its requests, not those alone that draft
+        model = cost.plain + draft + trees + cost.node / batch * size.nodes * drafting
         return model * math.exp(self._bias[self._measured(batch)])
 
     def _cost(self, batch: int) -> StepCost:

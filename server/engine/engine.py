@@ -187,7 +187,7 @@ class Engine:
             overlapped = self.steps.graphs is not None and self.load_rule.head  # then texts are looked up while the device works
             price = None if overlapped else self.load_rule.lookup_price(decoding)
             guesses = None if price is None else self.proposer.look_up(decoding, self.shape.nodes, price)
-            return self.load_rule.choose(decoding, guesses)
+            return self.load_rule.choose(decoding, guesses, coming=self.num_running - len(decoding))
         return Plan(self.shape, [request for request in decoding if request.max_draft_nodes > 0], lasting=True)
 
     def _guarded(self, work: Work, requests: list[Request], stats: StepStats) -> list[RequestOutput]:

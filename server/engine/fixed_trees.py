@@ -47,8 +47,10 @@ class FixedTreeRule(LoadRule):
             lambda: (PROBE, 0)
         )  # by batch size: steps between tries, and since the last
 
-    def choose(self, requests: list[Request], guesses: list[Draft] | None = None) -> Plan:
-        """Of texts alone, what a grammar demands is verified wherever trees were timed; it is looked up later."""
+    def choose(self, requests: list[Request], guesses: list[Draft] | None = None, coming: int = 0) -> Plan:
+        """Of texts alone, what a grammar demands is verified wherever trees were timed; it is looked up later. ``coming`` changes nothing:
+        trees have a size that is recorded for as many requests as there are.
+        """
         batch, size = len(requests), self._measured(len(requests))
         able = [request for request in requests if request.max_draft_nodes > 0]
         gains = self._gains(able, batch, self._steps[size])

@@ -49,7 +49,6 @@ class Request:
     speculation: SpeculationStats = field(default_factory=SpeculationStats)
     ngrams: NgramIndex = field(default_factory=NgramIndex)
     matcher: Matcher | None = None  # has followed the output, only with a grammar
-    noise: dict[int, Tensor] = field(default_factory=dict)  # [run, V], of the next runs of positions; see batch_noise
     draft_failed: bool = False  # what the head said of it was NaN: it decodes plainly from then on
     worth: float | None = None  # drafted tokens that it accepts beside the usual ones, None before the first; see LoadRule
 

@@ -3,12 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.noise import Noise, NoiseKey, gumbel_noise
+from kernels.noise import Noise, NoiseKey
 from kernels.sampling import Bans, Bias, Filters, Penalties, SamplingBatch
 from server.engine.host import on_device
 from server.engine.request import Request
-
-RUN_ENTRIES = 1 << 16  # values of noise that are made at once for a request
 
 
 def batch_options(requests: list[Request], vocab_size: int, device: torch.device) -> SamplingBatch:
@@ -69,34 +67,4 @@ def batch_noise(requests: list[Request], depths: int, vocab_size: int, device: t
         return None
     seeds = on_device([request.seed for request in requests], device)
     positions = on_device([len(request.token_ids) for request in requests], device)
-    drawn = None if device.type == "cuda" else _drawn(requests, depths, vocab_size)
-    return Noise(NoiseKey(seeds, positions, on_device(sampled, device)), depths, vocab_size, drawn)
-
-
-def _drawn(requests: list[Request], depths: int, vocab_size: int) -> Tensor:
-    """The values of ``batch_noise``. Requests keep runs of positions: what was drafted and not accepted is needed again, and PyTorch
-    makes many small rows at the cost of one.
-    """
-    run = max(1, RUN_ENTRIES // vocab_size)
-    missing = []
-    for request in requests:
-        if not request.params.greedy:
-            wanted = range(len(request.token_ids) // run, (len(request.token_ids) + depths - 1) // run + 1)
-            request.noise = {i: values for i, values in request.noise.items() if i >= wanted.start}
-            missing += [(request, i) for i in wanted if i not in request.noise]
-    if missing:
-        seeds = torch.tensor([request.seed for request, _ in missing]).repeat_interleave(run)
-        positions = torch.tensor([i * run for _, i in missing])[:, None] + torch.arange(run)
-        values = gumbel_noise(seeds, positions.flatten(), vocab_size).view(len(missing), run, vocab_size)
-        for (request, i), own in zip(missing, values, strict=True):
-            request.noise[i] = own
-    none = torch.zeros(()).expand(depths, vocab_size)
-    return torch.stack([none if request.params.greedy else _next_rows(request, depths, run) for request in requests])
-
-
-def _next_rows(request: Request, depths: int, run: int) -> Tensor:
-    """[depths, V], of the runs that ``_drawn`` left to the request."""
-    first = len(request.token_ids)
-    runs = range(first // run, (first + depths - 1) // run + 1)
-    pieces = [request.noise[i][max(0, first - i * run) : first + depths - i * run] for i in runs]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    return Noise(NoiseKey(seeds, positions, on_device(sampled, device)), depths, vocab_size)

@@ -65,6 +65,24 @@ def drafting_steps(name: str, steps: int) -> list[list[str]]:
     return [[] if step + 1 in budget.FIRST_CHECKS else [name] for step in range(steps)]
 
 
+def test_requests_that_come_count_before_they_decode() -> None:
+    """With the first of a crowd drafting would pay, and no longer with the crowd, for which its prompt would have been caught up with."""
+    rule = experienced(SHAPE, machine(0.1, 0.05), ACCEPTANCE)
+    assert not rule.choose(crowd(2), coming=30).drafting
+    assert len(rule.choose(crowd(2), coming=0).drafting) == 2
+
+
+def test_trees_of_a_few_cost_what_trees_of_the_batch_do() -> None:
+    """A step of many requests takes longer where only one of them has a tree: as if a text had proposed it."""
+    few, many = StepCost(1.0, 1.1, 0.1, 0.01), StepCost(1.0, 1.1, 0.1, 0.01)
+    costs = {1: few, 32: many._replace(text=0.5)}
+    size = budget._Size(1, 1, 1)
+    dearer = LoadRule(SHAPE, costs, ACCEPTANCE)._seconds(32, 1, size, 0) - LoadRule(SHAPE, {1: few, 32: many}, ACCEPTANCE)._seconds(
+        32, 1, size, 0
+    )
+    assert dearer == pytest.approx(0.5)
+
+
 def test_prices_rise_with_the_load_until_nobody_drafts() -> None:
     rule = LoadRule(SHAPE, machine(0.1, 0.05), ACCEPTANCE)
     plans = [rule.choose(crowd(batch)) for batch in BATCHES]

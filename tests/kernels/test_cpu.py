@@ -113,7 +113,7 @@ def test_attention_over_full_trees(nodes: int, window: int | None) -> None:
     AttentionCase.make([37, 0], depth, ancestors, heads=(2, 1), kernel=tree_attention_cpu).check(window)
 
 
-@given(st.lists(st.tuples(CONTEXTS, st.integers(0, 20)), min_size=1, max_size=3), HEADS, st.sampled_from([None, 1, 7, 50]), DTYPES)
+@given(st.lists(st.tuples(CONTEXTS, st.integers(0, 70)), min_size=1, max_size=3), HEADS, st.sampled_from([None, 1, 7, 50]), DTYPES)
 def test_attention_over_chunks(chunks: list[tuple[int, int]], heads: tuple[int, int], window: int | None, dtype: torch.dtype) -> None:
     contexts, counts = [list(part) for part in zip(*chunks, strict=True)]
     width = max(1, *counts)
