@@ -49,6 +49,11 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in NAMES and not torch.is_grad_enabled() and library() is not None
 
 
+def has(name: str, dtype: torch.dtype) -> bool:
+    """Whether there is this kernel for elements of ``dtype`` on this machine."""
+    return library() is not None and _address(name, dtype) is not None
+
+
 def launch(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | None) -> int:
     """Run a kernel, for elements of ``dtype`` where there are several, on the memory of tensors; None is no memory. ``best_nodes`` alone
     returns something.
@@ -58,12 +63,17 @@ def launch(name: str, dtype: torch.dtype | None, *arguments: Tensor | float | No
 
 @cache
 def _kernel(name: str, dtype: torch.dtype | None) -> Callable[..., int]:
+    address = _address(name, dtype)
+    assert address is not None, f"there is no kernel {name} for {dtype}"
+    return ctypes.CFUNCTYPE(_INDEX, *ARGUMENTS[name])(address)
+
+
+@cache
+def _address(name: str, dtype: torch.dtype | None) -> int | None:
     loaded, full = library(), name if dtype is None else f"{name}_{NAMES[dtype]}"
     assert loaded is not None
     loaded.kernel.restype = _POINTER
-    address = loaded.kernel(full.encode())
-    assert address is not None, f"there is no kernel {full}"
-    return ctypes.CFUNCTYPE(_INDEX, *ARGUMENTS[name])(address)
+    return loaded.kernel(full.encode())
 
 
 @cache

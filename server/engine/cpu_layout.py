@@ -11,7 +11,7 @@ from kernels import cpu
 from kernels.cpu_linear import padded, panel_linear, panel_linear_cpu, panels_of
 
 PACKED_ROWS = 8  # that oneDNN's copies are made for
-FEW_ROWS = 64  # up to which our kernels are faster than the library's
+FEW_ROWS = {torch.float32: 64, torch.bfloat16: 256}  # up to which our kernels are faster than the library's, or as fast
 
 
 def store_transposed(model: nn.Module) -> None:
@@ -29,7 +29,7 @@ def store_transposed(model: nn.Module) -> None:
 
 
 class PanelLinear(nn.Linear):
-    """A float32 linear layer with a second copy of its weight, for a few rows."""
+    """A linear layer with a second copy of its weight, for a few rows."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -38,13 +38,13 @@ class PanelLinear(nn.Linear):
         self.panels, self._bias = panels_of(linear.weight), None if linear.bias is None else padded(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() <= FEW_ROWS * self.in_features and cpu.serves(x):
+        if x.numel() <= FEW_ROWS[self.weight.dtype] * self.in_features and cpu.serves(x):
             return panel_linear_cpu(x, self.panels, self.out_features, self._bias, None)
         return F.linear(x, self.weight, self.bias)
 
 
 class PackedLinear(nn.Linear):
-    """A bfloat16 linear layer with a second copy of its weight in oneDNN's blocks."""
+    """A bfloat16 linear layer with a second copy of its weight in oneDNN's blocks, where the processor has no tiles for our kernel."""
 
     def __init__(self, linear: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -66,10 +66,11 @@ def pack_for_trees(model: nn.Module) -> None:
     """Give the matrices on a CPU a second copy in the order in which it is read.
 
     float32 ones for our kernels, where these could be compiled: 1 to 16 rows take about as long as one, which MKL takes two to three
-    times as long for. bfloat16 ones for oneDNN, where the processor has bfloat16: any number of rows takes 0.7 of the time of the plain
-    layout, which oneDNN reorders at every call. Nothing changes where the copies would take more than half of the free memory.
+    times as long for. bfloat16 ones for our kernel where the processor has tiles, which takes 0.7 of oneDNN's time for up to 32 rows; else
+    for oneDNN, where the processor has bfloat16: any number of rows takes 0.7 of the time of the plain layout, which oneDNN reorders at
+    every call. Nothing changes where the copies would take more than half of the free memory.
     """
-    packed = {torch.float32: PanelLinear, torch.bfloat16: PackedLinear}
+    packed = {torch.float32: PanelLinear, torch.bfloat16: PanelLinear if cpu.has("linear", torch.bfloat16) else PackedLinear}
     gaining = [m for m in model.modules() if type(m) is nn.Linear and _gains(m.weight)]
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 2 * sum(linear.weight.nbytes for linear in gaining) > free:

@@ -17,18 +17,20 @@ from server.engine.types import SamplingParams
 from tests.engine.engines import build, random_head, run, tiny_model
 from tests.engine.test_model_types import NEW, PROMPTS, generate
 
+needs_tiles = pytest.mark.skipif(not cpu.has("linear", torch.bfloat16), reason="the processor has no tiles")
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler")
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_the_same(bias: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_tiles)])
+def test_products_are_the_same(dtype: torch.dtype, bias: bool) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(640, 500, bias=bias).requires_grad_(False)
-    packed = PanelLinear(linear)
-    for rows in (1, 2, 7, FEW_ROWS, FEW_ROWS + 1):
-        x = torch.randn(1, rows, 640)
+    linear = nn.Linear(640, 500, bias=bias).requires_grad_(False).to(dtype)
+    packed, tolerance = PanelLinear(linear), 1e-5 if dtype == torch.float32 else 0.02
+    for rows in (1, 2, 7, FEW_ROWS[dtype], FEW_ROWS[dtype] + 1):
+        x = torch.randn(1, rows, 640).to(dtype)
         with torch.inference_mode():
-            torch.testing.assert_close(packed(x), linear(x), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(packed(x), linear(x), atol=tolerance, rtol=tolerance)
     assert packed.weight is linear.weight
 
 
@@ -38,10 +40,10 @@ def test_our_kernel_multiplies_few_rows(monkeypatch: pytest.MonkeyPatch) -> None
     seen = list[int]()
     monkeypatch.setattr(cpu_layout, "panel_linear_cpu", lambda x, *_: seen.append(len(x)))
     with torch.inference_mode():
-        for rows in (1, FEW_ROWS, FEW_ROWS + 1):
+        for rows in (1, FEW_ROWS[torch.float32], FEW_ROWS[torch.float32] + 1):
             packed(torch.randn(rows, 64))
     packed(torch.randn(1, 64))  # with gradients
-    assert seen == [1, FEW_ROWS]
+    assert seen == [1, FEW_ROWS[torch.float32]]
 
 
 @pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor does not multiply bfloat16")
@@ -55,14 +57,21 @@ def test_bfloat16_products_are_close_with_any_number_of_rows() -> None:
         torch.testing.assert_close(packed(x).float(), exact, atol=0.02, rtol=0.01)
 
 
-@pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor does not multiply bfloat16")
-def test_a_bfloat16_pair_is_packed_whatever_its_size_and_decodes(demo: Path) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(PanelLinear, marks=needs_tiles),
+        pytest.param(PackedLinear, marks=pytest.mark.skipif(not multiplies_bfloat16(), reason="the processor does not multiply bfloat16")),
+    ],
+)
+def test_a_bfloat16_pair_is_packed_whatever_its_size_and_decodes(layout: type, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "has", lambda *_: layout is PanelLinear)
     config = EngineConfig(str(demo / "target"), str(demo / "vsd"), "cpu", "bfloat16", max_num_seqs=3, load_rule=False)
     engine = Engine.from_config(config)
     decoder, drafter = engine.steps.target.decoder, engine.proposer.drafter
     assert isinstance(decoder, LeanDecoder)
     assert drafter is not None
-    assert all(isinstance(part, PackedLinear) for part in (decoder.layers[0].qkv, decoder.lm_head, drafter.head.fc))
+    assert all(isinstance(part, layout) for part in (decoder.layers[0].qkv, decoder.lm_head, drafter.head.fc))
     requests = [([5 + i, 7, 9], SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)) for i in range(3)]
     results = run(engine, requests)
     assert [len(result.token_ids) for result in results] == [24] * 3

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from kernels import cpu
@@ -68,18 +68,29 @@ def test_rope_store(rows: int, heads: tuple[int, int], size: int, dtype: torch.d
 @given(st.integers(1, 40), st.sampled_from([1, 31, 32, 40, 130]), st.sampled_from([1, 3, 64, 300]), DTYPES, st.booleans(), st.booleans())
 @settings(max_examples=40)
 def test_products(rows: int, outputs: int, size: int, dtype: torch.dtype, biased: bool, eight_bits: bool) -> None:
+    assume(eight_bits or cpu.has("linear", dtype))
     generator = torch.Generator().manual_seed(rows + outputs + size)
     x = torch.randn(rows, 1, size, generator=generator)
     weight = torch.randn(outputs, size, generator=generator) / size**0.5
     bias = padded(torch.randn(outputs, generator=generator)) if biased else None
-    scale = None
-    if eight_bits:
-        x, weight = x.to(dtype), (40 * weight).round().clamp(-127, 127).to(torch.int8)
+    scale, x = None, x.to(dtype)
+    if not eight_bits:
+        weight = weight.to(dtype)
+    else:
+        weight = (40 * weight).round().clamp(-127, 127).to(torch.int8)
         scale = padded(torch.rand(outputs, generator=generator) / 40)
     arguments = x, panels_of(weight), outputs, bias, scale
     found, expected = panel_linear_cpu(*arguments), panel_linear_reference(*arguments)
     tolerance = 1e-5 if x.dtype == torch.float32 else 1e-2
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.skipif(not cpu.has("linear", torch.bfloat16), reason="the processor has no tiles")
+def test_a_row_of_bfloat16_is_the_same_beside_others() -> None:
+    x, panels = torch.randn(70, 200).bfloat16(), panels_of(torch.randn(50, 200).bfloat16())
+    whole = panel_linear_cpu(x, panels, 50, None, None)
+    for rows in (1, 16, 31, 32, 33):
+        assert torch.equal(panel_linear_cpu(x[:rows], panels, 50, None, None), whole[:rows])
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 17, 33])
