@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import NamedTuple
 
@@ -97,7 +97,8 @@ class LoadRule:
         self._tries: Counter[int] = Counter()  # drafts seen, by class
         self._interval, self._since_probe = PROBE, 0
         self._drafting = 0  # steps in a row, since it was expected to pay
-        self._rest, self._batch = 0, 0  # further steps that such a batch decodes plainly
+        self._rest, self._batch = 0, 0  # further steps that such a batch decodes plainly,
+        self._last = Plan(shape, [])  # as this one
         self._texts = TextRule(START_GAIN)
         self._bias: defaultdict[int, float] = defaultdict(float)  # by batch size: logarithm of drafting steps' seconds over the model's
         self._recent: deque[tuple[tuple[int, bool], float]] = deque(maxlen=NEIGHBOURS)  # the same of single steps
@@ -111,13 +112,15 @@ class LoadRule:
         ``coming``: requests whose prompts are computed, who will share what costs are compared for: to begin with a request pays later.
         """
         batch = len(requests) + coming
+        if guesses is None and self._rests(requests, batch):
+            return self._last
         cost = self._cost(batch)
         texts = {} if guesses is None else self._texts.gains(requests, guesses, cost)
         tokens, nodes = total(texts)
         speed = (batch + tokens) / (cost.plain + self._texts.seconds(batch, cost, nodes))
         chosen: list[Request] = []
         left_out: list[Request] = []
-        if self.head and not self._resting(requests, batch):
+        if self.head and not self._rests(requests, batch):
             able = sorted((r for r in requests if r.max_draft_nodes > 0), key=lambda r: self._advantage(r, texts), reverse=True)
             best, faster = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * speed, texts)
             speed = faster if best else speed
@@ -130,6 +133,8 @@ class LoadRule:
             self._rest, self._batch = 0 if best or chosen or texts else _REST, batch
         level = self._cost(len(chosen)).level if chosen else 0.0
         plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, len(requests))
+        if not chosen:
+            self._last = replace(plan)
         plan.rows = sum(r.num_pending - 1 for r in chosen)
         if guesses is not None:
             others = {r.request_id for r in chosen + left_out}
@@ -142,7 +147,7 @@ class LoadRule:
         every = CHECK if gain > DOUBT else DOUBTFUL_CHECK
         return self._drafting % every == every - 1 or self._drafting in FIRST_CHECKS
 
-    def _resting(self, requests: list[Request], batch: int) -> bool:
+    def _rests(self, requests: list[Request], batch: int) -> bool:
         """Whether an earlier decision against drafting still holds."""
         known = batch == self._batch and self._tries[requests[0].warmth] >= TRIES
         if not (self._rest and known and self._since_probe < self._interval - 1):
@@ -199,7 +204,7 @@ class LoadRule:
         chosen = min(idle, key=lambda request: request.num_pending)
         size, plain = self._sizes[self._kind_of([chosen], 1)], self._cost(batch).plain
         accepted = min(self._worth_of(chosen) * size.gain, size.nodes)
-        loss = self._seconds(batch, 1, size, accepted + self._late(chosen)) / plain - (batch + accepted) / batch  # in plain steps
+        loss = self._seconds(batch, 1, size, chosen.num_pending) / plain - (batch + accepted) / batch  # in plain steps
         self._interval = int(min(max(loss / PROBED_SHARE, PROBE), MAX_PROBE))
         if self._since_probe < self._interval:
             return []

@@ -193,6 +193,20 @@ def test_useless_tries_become_rare() -> None:
     assert max(after - before for before, after in itertools.pairwise(near)) < budget.MAX_PROBE, "less is lost by them"
 
 
+def test_tries_that_catch_up_with_a_prompt_are_rarer() -> None:
+    """All of it is for one draft."""
+
+    def interval(context: int) -> int:
+        rule = experienced(SHAPE, {4: StepCost(1.0, 1.0, 0.1, 0.4, row=0.002)}, ACCEPTANCE)
+        requests = crowd(4)
+        for r in requests:
+            r.context_len = context
+        play(rule, requests, lambda _: 0, 2 * budget.PROBE)
+        return rule._interval
+
+    assert interval(500) >= interval(0) + 0.9 * 500 * 0.002 / budget.PROBED_SHARE > 0
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_clocks_find_that_drafting_costs_more_than_the_model_says(batch: int) -> None:
     rule = LoadRule(SHAPE, machine(0.05, 0.02), ACCEPTANCE)
