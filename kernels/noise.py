@@ -155,18 +155,19 @@ class Noise:
     @cached_property
     def values(self) -> Tensor:
         """float32 [B, depths, V], made once; zero for greedy requests."""
-        return self._of(range(self.depths))
+        return torch.stack([self.at(depth) for depth in range(self.depths)], dim=1)
 
     def at(self, depth: int) -> Tensor:
         """The values of one depth, float32 [B, V]."""
-        return self._of(range(depth, depth + 1))[:, 0]
+        seeds, first, _ = self.key
+        if self._sampled is None:
+            return gumbel_noise(seeds, first + depth, self.vocab_size)
+        rows = self._sampled
+        drawn = gumbel_noise(seeds[rows], first[rows] + depth, self.vocab_size)
+        return drawn.new_zeros(len(seeds), self.vocab_size).index_copy_(0, rows, drawn)
 
-    def _of(self, depths: range) -> Tensor:
-        seeds, first, sampled = self.key
-        rows = sampled.nonzero().squeeze(1)
-        positions = first[rows, None] + torch.arange(depths.start, depths.stop, device=rows.device)
-        drawn = gumbel_noise(seeds[rows].repeat_interleave(len(depths)), positions.flatten(), self.vocab_size)
-        drawn = drawn.view(len(rows), len(depths), self.vocab_size)
-        if len(rows) == len(seeds):
-            return drawn
-        return drawn.new_zeros(len(seeds), len(depths), self.vocab_size).index_copy_(0, rows, drawn)
+    @cached_property
+    def _sampled(self) -> Tensor | None:
+        """The requests that have noise, None: all."""
+        rows = self.key.sampled.nonzero().squeeze(1)
+        return None if len(rows) == len(self.key.sampled) else rows
