@@ -149,11 +149,16 @@ class Eagle3Head(nn.Module):
         if self.embed_tokens is None:
             self._shared_embedding = weight.detach()
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Target token ids [...] -> [..., H]."""
+    @property
+    def table(self) -> Tensor:
+        """The embeddings, [V, H]."""
         table = self._shared_embedding if self.embed_tokens is None else self.embed_tokens
         assert table is not None, "share_embedding() first: this head has no table of its own"
-        return F.embedding(token_ids, table)
+        return table
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Target token ids [...] -> [..., H]."""
+        return F.embedding(token_ids, self.table)
 
     def combine(self, features: Tensor) -> Tensor:
         """The target's low, middle and high features side by side, [..., 3 * H_t] -> [..., H]."""

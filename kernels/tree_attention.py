@@ -32,14 +32,18 @@ def tree_attention(
     q's dtype. What rows that are not ``live`` get is finite and otherwise undefined. Where q is that of the live rows alone, [R, Hq, D],
     so is the result.
     """
-    few = layout.depth.shape[1] <= FEW_ROWS or (q.dtype == torch.float32 and layout.max_context <= SHORT_CONTEXT)
-    if few and q.shape[-1] <= LARGEST_HEAD and softcap is None and sinks is None and cpu.serves(q):
+    if reads_in_place(layout, q.dtype) and q.shape[-1] <= LARGEST_HEAD and softcap is None and sinks is None and cpu.serves(q):
         return tree_attention_cpu(q, k_cache, v_cache, layout, scale, sliding_window)
     attend = tree_attention_triton if q.is_cuda else tree_attention_reference
     if q.dim() == 4:
         return attend(q, k_cache, v_cache, layout, scale, sliding_window, softcap, sinks)
     out = attend(_padded(q, layout), k_cache, v_cache, layout, scale, sliding_window, softcap, sinks)
     return out.flatten(0, 1).index_select(0, layout.live_rows)
+
+
+def reads_in_place(layout: TreeLayout, dtype: torch.dtype) -> bool:
+    """Whether a CPU's kernel is faster than the library's."""
+    return layout.depth.shape[1] <= FEW_ROWS or (dtype == torch.float32 and layout.max_context <= SHORT_CONTEXT)
 
 
 def tree_attention_reference(
@@ -88,15 +92,9 @@ def tree_attention_cpu(
     if q.stride(-1) != 1:
         q = q.contiguous()
     out, (heads, size) = q.new_empty(q.shape), q.shape[-2:]
-    tables, depth, ancestors = layout.block_tables, layout.depth, layout.ancestors
-    depth = depth if depth.stride(1) == 1 else depth.contiguous()
-    ancestors = None if ancestors is None else ancestors.contiguous()
-    words = 0 if ancestors is None else ancestors.numel() // depth.numel()
-    live = (None, None, None) if layout.live is None else (*layout.live_counts, layout.live_rows)
     cpu.launch(
-        "tree_attention", q.dtype, q, q.stride(0), *q.stride()[-3:-1], k_cache, v_cache, tables, layout.context_lens.contiguous(), depth,
-        ancestors, *live, tables.stride(0), tables.shape[1], depth.stride(0), words, *depth.shape, layout.block_size, layout.first_column,
-        sliding_window or 0, heads, k_cache.shape[2], size, scale, out,
+        "tree_attention", q.dtype, q, q.stride(0), *q.stride()[-3:-1], k_cache, v_cache, layout.words.own, sliding_window or 0, heads,
+        k_cache.shape[2], size, scale, out,
     )  # fmt: skip
     return out
 

@@ -2,9 +2,17 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Words(NamedTuple):
+    """A layout as native/attention.h has it, int64 [16], and the tensors whose addresses are in it."""
+
+    own: Tensor
+    parts: tuple[Tensor | None, ...]
 
 
 @dataclass
@@ -66,6 +74,18 @@ class TreeLayout:
         assert self.live is not None
         counts = self.live.sum(1)
         return counts.cumsum(0) - counts, counts
+
+    @cached_property
+    def words(self) -> "Words":
+        """For the CPU's kernels."""
+        depth = self.depth if self.depth.stride(1) == 1 else self.depth.contiguous()
+        ancestors = None if self.ancestors is None else self.ancestors.contiguous()
+        rows = (None, None, None) if self.live is None else (*self.live_counts, self.live_rows)
+        parts = self.block_tables, self.context_lens.contiguous(), depth, ancestors, *rows
+        bits = 0 if ancestors is None else ancestors.numel() // depth.numel()
+        sizes = self.block_tables.stride(0), self.block_tables.shape[1], depth.stride(0), bits, *depth.shape
+        addresses = [0 if part is None else part.data_ptr() for part in parts]
+        return Words(torch.tensor([*addresses, *sizes, self.block_size, self.first_column, 0]), parts)
 
     @cached_property
     def columns(self) -> Tensor:

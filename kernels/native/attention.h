@@ -156,15 +156,12 @@ void attend_tile(
     }
 }
 
-// Arguments from ``tables`` to ``window``: as Layout has them.
 template <class T>
 void tree_attention(
-    const T *q, Index q_request, Index q_row, Index q_head, const T *k_cache, const T *v_cache, const Index *tables, const Index *lengths,
-    const Index *depth, const Index *ancestors, const Index *starts, const Index *counts, const Index *nodes, Index table_row,
-    Index table_size, Index depth_row, Index words, Index batch, Index rows, Index block_size, Index first_column, Index window, Index heads,
+    const T *q, Index q_request, Index q_row, Index q_head, const T *k_cache, const T *v_cache, const Layout *of, Index window, Index heads,
     Index kv_heads, Index size, float scale, T *out) {
-    const Layout layout{tables, lengths, depth, ancestors, starts, counts, nodes, table_row, table_size, depth_row, words, batch, rows,
-                        block_size, first_column, window};
+    Layout layout = *of;
+    layout.window = window;
     Index group = heads / kv_heads, tiles = (layout.rows * group + ROWS - 1) / ROWS;
     auto attend = size == 64 ? attend_tile<64, T> : size == 128 ? attend_tile<128, T> : attend_tile<0, T>;
 #pragma omp parallel for collapse(3) schedule(dynamic) if (layout.batch * kv_heads * tiles > 1)

@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "layer.h"
+#include "layers.h"
 #include "linear.h"
 #include "tiles.h"
 #include "trees.h"
@@ -16,12 +17,6 @@
     {#NAME "_float32", reinterpret_cast<void *>(NAME<float>)}, \
     {#NAME "_bfloat16", reinterpret_cast<void *>(NAME<Bfloat16>)}
 
-#if defined(__AMX_BF16__) && defined(__linux__)
-static void *bfloat16_linear() { return has_tiles() ? reinterpret_cast<void *>(tile_linear) : nullptr; }
-#else
-static void *bfloat16_linear() { return nullptr; }
-#endif
-
 // The address of a kernel, null where there is none of that name, or where this machine cannot run it.
 extern "C" __attribute__((visibility("default"))) void *kernel(const char *name) {
     static const std::map<std::string, void *> kernels = {
@@ -29,11 +24,13 @@ extern "C" __attribute__((visibility("default"))) void *kernel(const char *name)
         FOR_BOTH(gated_silu),
         FOR_BOTH(rope_store),
         FOR_BOTH(tree_attention),
+        FOR_BOTH(decoder_layers),
+        FOR_BOTH(head_rows),
         FOR_BOTH(kv_commit),
         FOR_BOTH(tree_verify),
         FOR_BOTH(draft_level),
         {"linear_float32", reinterpret_cast<void *>(linear<float, float>)},
-        {"linear_bfloat16", bfloat16_linear()},
+        {"linear_bfloat16", has_tiles() ? reinterpret_cast<void *>(tile_linear) : nullptr},
         {"int8_linear_float32", reinterpret_cast<void *>(linear<float, int8_t>)},
         {"int8_linear_bfloat16", reinterpret_cast<void *>(linear<Bfloat16, int8_t>)},
         {"gumbel_noise", reinterpret_cast<void *>(gumbel_noise)},

@@ -1,6 +1,8 @@
 // Matrix products of bfloat16 by a processor's tiles (Intel AMX), of which each holds 16 rows of 64 bytes.
 #pragma once
 
+#include <cstdlib>
+
 #include "linear.h"
 
 #if defined(__AMX_BF16__) && defined(__linux__)
@@ -91,4 +93,8 @@ inline void tile_linear(
         _tile_release();
     }
 }
+#else
+inline bool has_tiles() { return false; }
+
+inline void tile_linear(const Bfloat16 *, const Bfloat16 *, const float *, const float *, Index, Index, Index, Bfloat16 *) { std::abort(); }
 #endif

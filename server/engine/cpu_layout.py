@@ -1,6 +1,7 @@
 """How weights lie in memory, for matrix products of a few rows on a CPU."""
 
 import os
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 
 from drafts.eagle3 import Eagle3Head
 from kernels import cpu
+from kernels.cpu_layers import Head, HeadRows, Layer, Matrix
 from kernels.cpu_linear import padded, panel_linear, panel_linear_cpu, panels_of
+from kernels.tree_attention import LARGEST_HEAD
 
 PACKED_ROWS = 8  # that oneDNN's copies are made for
 FEW_ROWS = {torch.float32: 64, torch.bfloat16: 256}  # up to which our kernels are faster than the library's, or as fast
@@ -36,6 +39,10 @@ class PanelLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.panels, self._bias = panels_of(linear.weight), None if linear.bias is None else padded(linear.bias)
+
+    @property
+    def matrix(self) -> Matrix:
+        return Matrix(self.panels, None, self._bias, self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() <= FEW_ROWS[self.weight.dtype] * self.in_features and cpu.serves(x):
@@ -101,6 +108,10 @@ class Int8Linear(nn.Module):
         self.outputs, self.scale = len(weight), padded(scale)
         self.panels = panels_of((weight / scale[:, None]).round().to(torch.int8))
 
+    @property
+    def matrix(self) -> Matrix:
+        return Matrix(self.panels, self.scale, None, self.panels.shape[1], self.outputs)
+
     def forward(self, x: Tensor) -> Tensor:
         return panel_linear(x, self.panels, self.outputs, None, self.scale)
 
@@ -116,3 +127,16 @@ def quantize_draft(head: Eagle3Head) -> None:
         return
     for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"):
         setattr(head, name, Int8Linear(getattr(head, name).weight))
+
+
+def joined(head: Eagle3Head) -> HeadRows | None:
+    """The head for drafted rows in one call, None where its matrices are not 8-bit integers: elsewhere than on a CPU with our kernels."""
+    matrices: list[Any] = [head.qkv_proj, head.o_proj, head.gate_up_proj, head.down_proj, head.lm_head]
+    config = head.config
+    if not all(isinstance(part, Int8Linear) for part in matrices) or config.head_dim > LARGEST_HEAD:
+        return None
+    qkv, o, gate_up, down, lm_head = (part.matrix for part in matrices)
+    layer = Layer(head.input_layernorm, qkv, o, head.post_attention_layernorm, gate_up, down, None)
+    whole = Head(layer, head.hidden_norm, head.norm, lm_head, config.norm_before_residual, config.norm_output)
+    scale = config.head_dim**-0.5
+    return HeadRows(whole, config.num_attention_heads, config.num_key_value_heads, config.head_dim, scale, config.rms_norm_eps)

@@ -8,12 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from drafts.eagle3 import Condition, Eagle3Head
+from kernels import cpu
 from kernels.draft_level import draft_level
 from kernels.noise import Noise, NoiseKey
 from kernels.rope_store import rope_store
 from kernels.sampling import SamplingBatch
 from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout, physical_slots
+from server.engine.cpu_layout import joined
 from server.engine.graphs import Graphs, graph_context
 from server.engine.kv_cache import PagedTensors
 from server.engine.pool import Pool
@@ -91,20 +93,24 @@ class Drafter:
         self.row_graphs: Graphs | None = None
         self.state = torch.zeros(1 + max_seqs, config.hidden_size, dtype=weight.dtype, device=weight.device)
         self._scale = config.head_dim**-0.5
+        self._joined = joined(head)
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
 
     def _forward(
         self, tokens: Tensor, hidden: Tensor, angles: Tensor, slots: Tensor, layout: TreeLayout, condition: Condition
-    ) -> Tensor:  # fmt: skip
-        """The states of drafted rows, int64 [B, N], whose keys and values go to ``slots`` int64 [B, N]; angles [2, B, N, 1, D]."""
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """States and logits of drafted rows, int64 [B, N], whose keys and values go to ``slots`` int64 [B, N]; angles [2, B, N, 1, D]."""
         keys, values = self.cache.k[0], self.cache.v[0]
+        if self._joined is not None and cpu.serves(hidden):
+            return self._joined.run(self.head.table, tokens, hidden, angles, slots, layout, *condition, keys, values)
 
         def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             qk, v, cos, sin = (part.flatten(0, 1) for part in (qk, v, cos, sin))
             q = rope_store(qk, v, cos, sin, slots.flatten(), None, keys, values)
             return tree_attention(q.unflatten(0, tokens.shape), keys, values, layout, self._scale)
 
-        return self.head(self.head.embed(tokens), hidden, angles, attend, condition)
+        y = self.head(self.head.embed(tokens), hidden, angles, attend, condition)
+        return y, self.head.logits(y, condition)
 
     def extend(
         self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
@@ -254,8 +260,7 @@ class Drafter:
             rows_before = (depth - 1) * topk
             ancestors = ancestors.gather(1, source) | own_bits[rows_before : rows_before + width]
             own = angles[:, depth - 1, :, :width], slots[depth - 1, :, :width], layout.part(rows_before, width, ancestors)
-            y = self._forward(tokens, hidden, *own, condition)
-            logits = self.head.logits(y, condition)
+            y, logits = self._forward(tokens, hidden, *own, condition)
             level = draft_level(logits, options, noise, depth, sigma[depth], self._target_ids, expanded_scores, topk)
             parents = torch.add(best[:, :, None], each_child, alpha=first).flatten(1)  # first + best, once for every child
             levels.append(Pool(level.scores, level.tokens, parents))

@@ -66,6 +66,8 @@ def load(config: EngineConfig, report: Report = lambda phase, percent: None) -> 
     report("checking the model", 55)
     decoder = LeanDecoder(model) if model_config.model_type in LEAN else None
     pack_for_trees(decoder or model)
+    if decoder:
+        decoder.join()
     target = Target(model, config.draft not in (None, NGRAM), decoder)
     self_check(target, config.block_size)
     if device.type == "cpu":

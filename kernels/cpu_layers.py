@@ -1,0 +1,107 @@
+"""Whole decoder layers on a CPU in one call: between the kernels of a small model's step, Python takes longer than they do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import cpu
+from kernels.tree_layout import TreeLayout
+
+
+class Matrix(NamedTuple):
+    """A linear layer of ``inputs`` and ``outputs``, arguments as ``panel_linear`` has them."""
+
+    panels: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+    inputs: int
+    outputs: int
+
+
+class Layer(NamedTuple):
+    """One of Llama's shape: qkv, and gate and up, as one matrix each, the norms before these, and how far it sees."""
+
+    input_norm: Tensor
+    qkv: Matrix
+    o: Matrix
+    norm: Tensor
+    gate_up: Matrix
+    down: Matrix
+    window: int | None
+
+
+class Layers:
+    """Layers of one model; ``heads``, ``kv_heads`` and their ``size``, ``scale`` of scores, ``eps`` of norms."""
+
+    def __init__(self, layers: Sequence[Layer], heads: int, kv_heads: int, size: int, scale: float, eps: float) -> None:
+        self.layers, self.shape, self.numbers = list(layers), (heads, kv_heads, size), (scale, eps)
+        self.words = torch.tensor([_words(layer) for layer in layers])
+
+    def run(
+        self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, live: Tensor | None, parts: Sequence[TreeLayout],
+        firsts: Sequence[int], k_cache: Tensor, v_cache: Tensor, taps: Sequence[int],
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
+        """hidden [T, H] -> the last layer's output as a sum of two [T, H], and what the layers ``taps``, in order, read, [T, H] each.
+
+        cos, sin [T, 1, D] and slots int64 [T], live bool [T] as ``rope_store`` has them; ``parts``: layouts of rows that begin at
+        ``firsts``; k_cache, v_cache [layers, blocks, block, Hkv, D].
+        """
+        hidden, delta = hidden.contiguous().clone(), torch.empty_like(hidden)
+        tapped = hidden.new_empty(len(taps), *hidden.shape)
+        cpu.launch(
+            "decoder_layers", hidden.dtype, self.words, len(self.layers), torch.stack([part.words.own for part in parts]),
+            torch.tensor(firsts), len(parts), cos.contiguous(), sin.contiguous(), slots.contiguous(),
+            None if live is None else live.contiguous(), k_cache, v_cache, k_cache.stride(0), torch.tensor(taps, dtype=torch.long),
+            len(taps), *hidden.shape, *self.shape, *self.numbers, hidden, delta, tapped,
+        )  # fmt: skip
+        return hidden, delta, list(tapped.unbind(0))
+
+
+class Head(NamedTuple):
+    """An EAGLE-3 head: its layer, the norms of the states before and of its own, its output matrix, and two flags of its config."""
+
+    layer: Layer
+    hidden_norm: Tensor
+    norm: Tensor
+    lm_head: Matrix
+    norm_before_residual: bool
+    norm_output: bool
+
+
+class HeadRows:
+    """Drafted rows of a head in one call; arguments as ``Layers`` has them."""
+
+    def __init__(self, head: Head, heads: int, kv_heads: int, size: int, scale: float, eps: float) -> None:
+        self.head, self.shape, self.numbers = head, (heads, kv_heads, size), (scale, eps)
+        self.words = torch.tensor(_words(head))
+
+    def run(
+        self, table: Tensor, tokens: Tensor, hidden: Tensor, angles: Tensor, slots: Tensor, layout: TreeLayout, shift: Tensor | None,
+        sharpness: Tensor | None, k_cache: Tensor, v_cache: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The states of drafted rows, [B, N, H], and their logits [B, N, Vd].
+
+        table [V, H]: embeddings of tokens; tokens int64 [B, N]; hidden [B, N, H]: the states before; angles [2, B, N, 1, D], slots int64
+        [B, N]; shift [B, 1, H] and sharpness [B, 1, 1], None: none.
+        """
+        assert table.is_contiguous()
+        hidden = hidden.contiguous().clone()
+        logits = hidden.new_empty(*tokens.shape, self.head.lm_head.outputs)
+        cos, sin = angles.contiguous()
+        cpu.launch(
+            "head_rows", hidden.dtype, self.words, layout.words.own, table, tokens.contiguous(), cos, sin, slots.contiguous(),
+            None if shift is None else shift.contiguous(), None if sharpness is None else sharpness.contiguous(), k_cache, v_cache,
+            *hidden.shape, *self.shape, *self.numbers, hidden, logits,
+        )  # fmt: skip
+        return hidden, logits
+
+
+def _words(part: Any) -> list[int]:
+    """As native/layers.h has it, in words of 64 bits: addresses and numbers, 0 for nothing."""
+    if isinstance(part, tuple):
+        return [word for own in part for word in _words(own)]
+    return [0 if part is None else part.data_ptr() if isinstance(part, Tensor) else part]
