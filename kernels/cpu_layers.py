@@ -81,23 +81,23 @@ class HeadRows:
 
     def run(
         self, table: Tensor, tokens: Tensor, hidden: Tensor, angles: Tensor, slots: Tensor, layout: TreeLayout, shift: Tensor | None,
-        sharpness: Tensor | None, k_cache: Tensor, v_cache: Tensor,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The states of drafted rows, [B, N, H], and their logits [B, N, Vd].
+        sharpness: Tensor | None, k_cache: Tensor, v_cache: Tensor, logits: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The states of drafted rows, [B, N, H], and their logits [B, N, Vd], if wanted. ``layout`` may have them as rows of other batches.
 
         table [V, H]: embeddings of tokens; tokens int64 [B, N]; hidden [B, N, H]: the states before; angles [2, B, N, 1, D], slots int64
         [B, N]; shift [B, 1, H] and sharpness [B, 1, 1], None: none.
         """
         assert table.is_contiguous()
         hidden = hidden.contiguous().clone()
-        logits = hidden.new_empty(*tokens.shape, self.head.lm_head.outputs)
+        out = hidden.new_empty(*tokens.shape, self.head.lm_head.outputs) if logits else None
         cos, sin = angles.contiguous()
         cpu.launch(
             "head_rows", hidden.dtype, self.words, layout.words.own, table, tokens.contiguous(), cos, sin, slots.contiguous(),
             None if shift is None else shift.contiguous(), None if sharpness is None else sharpness.contiguous(), k_cache, v_cache,
-            *hidden.shape, *self.shape, *self.numbers, hidden, logits,
+            *hidden.shape, *self.shape, *self.numbers, hidden, out,
         )  # fmt: skip
-        return hidden, logits
+        return hidden, out
 
 
 def _words(part: Any) -> list[int]:

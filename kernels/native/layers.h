@@ -96,7 +96,7 @@ struct Head {
 };
 
 // As Eagle3Head.forward and .logits have it, of ``rows`` rows for each request; table: embeddings; shift [batch, hidden] and sharpness
-// [batch] of a request, null: none. hidden [batch * rows, hidden]: the states before, and then those of these rows.
+// [batch] of a request, null: none; logits null: not wanted. hidden [batch * rows, hidden]: the states before, and then those of these rows.
 template <class T>
 void head_rows(
     const Head *head, const Layout *layout, const T *table, const Index *tokens, const T *cos, const T *sin, const Index *slots,
@@ -122,6 +122,7 @@ void head_rows(
     run_layer(head->layer, pass, x.get(), residual.get(), k_cache, v_cache, hidden);  // hidden: what is to be added
     norm(residual.get(), hidden, head->norm, residual.get());
     std::memcpy(hidden, head->norm_output ? normed.get() : residual.get(), all * hidden_size * sizeof(T));
+    if (!logits) return;
     for (Index i = 0; sharpness && i < all * hidden_size; i++) write(normed.get() + i, read(normed[i]) * read(sharpness[i / hidden_size / rows]));
     head->lm_head.multiply(normed.get(), all, logits);
 }

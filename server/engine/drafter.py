@@ -22,6 +22,7 @@ from server.engine.pool import Pool
 from server.engine.types import Verdict
 
 LEAST_WIDTH = 4  # see ``draft_width``
+FEW_ROWS = 16  # of each request, that go through the whole layer in one call on a CPU, though its last one alone has to
 REPLAYED_ROWS = 2048  # by which the draft cache is brought up to date by graphs, at most
 
 
@@ -102,7 +103,9 @@ class Drafter:
         """States and logits of drafted rows, int64 [B, N], whose keys and values go to ``slots`` int64 [B, N]; angles [2, B, N, 1, D]."""
         keys, values = self.cache.k[0], self.cache.v[0]
         if self._joined is not None and cpu.serves(hidden):
-            return self._joined.run(self.head.table, tokens, hidden, angles, slots, layout, *condition, keys, values)
+            y, logits = self._joined.run(self.head.table, tokens, hidden, angles, slots, layout, *condition, keys, values)
+            assert logits is not None
+            return y, logits
 
         def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             qk, v, cos, sin = (part.flatten(0, 1) for part in (qk, v, cos, sin))
@@ -136,8 +139,17 @@ class Drafter:
         self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
         lengths: Tensor, temperature: Tensor, max_context: int,
     ) -> None:  # fmt: skip
-        layout = TreeLayout(block_tables, lengths, torch.zeros_like(lengths)[:, None], None, None, self.block_size, max_context)
         keys, values = self.cache.k[0], self.cache.v[0]
+        if self._joined is not None and self.graphs is None and len(tokens) <= FEW_ROWS * len(last) and cpu.serves(features):
+            layout, own = _chunks(block_tables, lengths, last, self.block_size, max_context)
+            shift = self.head.condition(temperature).shift
+            shift = None if shift is None else shift.index_select(0, own)[:, None]
+            hidden, angles = self.head.combine(features)[:, None], self.head.angles(positions[:, None])
+            rows = self.head.table, tokens[:, None], hidden, angles, slots, layout, shift, None
+            y, _ = self._joined.run(*rows, keys, values, logits=False)
+            self.state.index_copy_(0, places, y[:, 0].index_select(0, last))
+            return
+        layout = TreeLayout(block_tables, lengths, torch.zeros_like(lengths)[:, None], None, None, self.block_size, max_context)
 
         def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             q = rope_store(qk, v, cos, sin, slots, None, keys, values)
@@ -237,10 +249,6 @@ class Drafter:
     ) -> tuple[Pool, ...]:  # fmt: skip
         """The nodes of every level; ``rows`` are places in ``state``."""
         topk, sigma = shape.topk, sigma.t().contiguous()
-        expanded = torch.arange(shape.expanded, device=rows.device)
-        layout = TreeLayout(block_tables, context_lens, (expanded // topk).expand(len(rows), -1), None, None, self.block_size, max_context)
-        slots, angles = _by_level(layout.slots, topk), self.head.angles(_by_level(layout.positions, topk))
-        own_bits = torch.ones_like(expanded) << expanded
         y, condition = self.state[rows][:, None], self.head.condition(temperature[:, None])
         logits = self.head.logits(y, condition)
         start = torch.zeros_like(temperature) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
@@ -254,6 +262,12 @@ class Drafter:
             width = _worthwhile(level.best_scores, expanded_scores, shape)
             if width == 0:
                 break
+            if depth == 1:  # often there is no further level
+                expanded = torch.arange(shape.expanded, device=rows.device)
+                depths = (expanded // topk).expand(len(rows), -1)
+                layout = TreeLayout(block_tables, context_lens, depths, None, None, self.block_size, max_context)
+                slots, angles = _by_level(layout.slots, topk), self.head.angles(_by_level(layout.positions, topk))
+                own_bits = torch.ones_like(expanded) << expanded
             # The rows to expand: scores, places in the last level, its rows above them, tokens, states, expanded rows they descend from.
             expanded_scores, best, source, tokens = (part[:, :width] for part in level[2:])
             hidden = y.gather(1, source[:, :, None].expand(-1, -1, y.shape[2]))
@@ -266,6 +280,18 @@ class Drafter:
             levels.append(Pool(level.scores, level.tokens, parents))
             first += levels[-2].scores.shape[1]
         return tuple(levels)
+
+
+def _chunks(block_tables: Tensor, lengths: Tensor, last: Tensor, block_size: int, max_context: int) -> tuple[TreeLayout, Tensor]:
+    """The layout of causal rows, one request's after the other's, of which each request's ``last`` int64 [B] comes to slot ``lengths``
+    int64 [B]; and whose they are, int64 [M]. Arguments as in ``Drafter.extend``.
+    """
+    counts = torch.diff(last, prepend=last.new_tensor([-1]))
+    most = int(counts.max())
+    rows = torch.arange(most)
+    live = None if len(last) == 1 or most * len(last) == int(last[-1]) + 1 else rows < counts[:, None]
+    layout = TreeLayout(block_tables, lengths + 1 - counts, rows.expand(len(last), -1), None, live, block_size, max_context)
+    return layout, torch.arange(len(last)).repeat_interleave(counts)
 
 
 def _worthwhile(scores: Tensor, parents: Tensor, shape: TreeShape) -> int:
