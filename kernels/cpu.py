@@ -48,6 +48,7 @@ ARGUMENTS = {
         *3 * [_POINTER],
     ],
     "head_rows": [*11 * [_POINTER], *6 * [_INDEX], *2 * [_FLOAT], *2 * [_POINTER]],
+    "grow": [*2 * [_POINTER], *4 * [_INDEX], *2 * [_FLOAT], *7 * [_POINTER]],
     "kv_commit": [*2 * [_POINTER], *3 * [_INDEX], _POINTER, *2 * [_INDEX], *2 * [_POINTER], *3 * [_INDEX]],
     "tree_verify": [*2 * [_POINTER], *2 * [_INDEX], *8 * [_POINTER], *3 * [_INDEX], *4 * [_POINTER]],
     "draft_level": [*3 * [_POINTER], _INDEX, *3 * [_POINTER], *4 * [_INDEX], *6 * [_POINTER]],

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import pack
+from sys import byteorder
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.noise import NoiseKey
 from kernels.tree_layout import TreeLayout
 
 
@@ -98,6 +101,39 @@ class HeadRows:
             *hidden.shape, *self.shape, *self.numbers, hidden, out,
         )  # fmt: skip
         return hidden, out
+
+    def grow(
+        self, table: Tensor, states: Tensor, angles: Tensor, shift: Tensor | None, sharpness: Tensor | None, block_tables: Tensor,
+        lengths: Tensor, block_size: int, key: NoiseKey | None, vocab: int, target_ids: Tensor | None, temperature: Tensor | None,
+        sigma: Tensor, start: Tensor, topk: int, prices: tuple[float, float], k_cache: Tensor, v_cache: Tensor,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:  # fmt: skip
+        """The levels of drafts, as ``Drafter._levels`` makes them: scores, tokens and parents of all nodes [B, D], and how many levels.
+
+        states [B, H]: what drafting begins from; angles [2, positions, D]: RoPE's table; ``key``: of the noise over ``vocab`` tokens,
+        None: none; temperature float32 [B]; sigma float32 [levels, B]; start float32 [B]: scores of the roots; ``prices``: of a level and
+        of a node. The others as in ``run`` and ``draft_level``.
+        """
+        assert table.is_contiguous()
+        assert angles.is_contiguous()
+        levels, batch = sigma.shape
+        drafted = self.head.lm_head.outputs
+        own = None if key is None else NoiseKey(*(part.contiguous() for part in key))
+        parts = [
+            table, angles, *(None if part is None else part.contiguous() for part in (shift, sharpness)), block_tables,
+            lengths.contiguous(), target_ids, *((None, None) if own is None else own[:2]), None if own is None else own.sampled,
+            temperature, sigma.contiguous(), start,
+        ]  # fmt: skip
+        sizes = batch, block_tables.stride(0), block_tables.shape[1], block_size, angles.shape[1], vocab, drafted, topk, levels
+        draft = torch.tensor([*_words(tuple(parts)), *sizes, *(int.from_bytes(pack("d", price), byteorder) for price in prices)])
+        pool = batch, topk * (1 + (levels - 1) * topk)
+        scores, tokens, parents = torch.empty(pool), *(torch.empty(pool, dtype=torch.long) for _ in range(2))
+        used = torch.empty(2, dtype=torch.long)
+        cpu.launch(
+            "grow", states.dtype, self.words, draft, states.shape[1], *self.shape, *self.numbers, states.contiguous(), k_cache, v_cache,
+            scores, tokens, parents, used,
+        )  # fmt: skip
+        columns, grown = used.tolist()
+        return (scores[:, :columns], tokens[:, :columns], parents[:, :columns]), grown
 
 
 def _words(part: Any) -> list[int]:

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attention.h"
+#include "grow.h"
 #include "layer.h"
 #include "layers.h"
 #include "linear.h"
@@ -26,6 +27,7 @@ extern "C" __attribute__((visibility("default"))) void *kernel(const char *name)
         FOR_BOTH(tree_attention),
         FOR_BOTH(decoder_layers),
         FOR_BOTH(head_rows),
+        FOR_BOTH(grow),
         FOR_BOTH(kv_commit),
         FOR_BOTH(tree_verify),
         FOR_BOTH(draft_level),

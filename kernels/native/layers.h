@@ -95,6 +95,19 @@ struct Head {
     Index norm_before_residual, norm_output;
 };
 
+// As Eagle3Head.logits has it; states [batch * rows, hidden], sharpness [batch], null: none.
+template <class T>
+void head_output(const Head &head, const T *states, const T *sharpness, Index batch, Index rows, Index hidden_size, float eps, T *logits) {
+    const Index all = batch * rows;
+    auto output = room<T>(all * hidden_size);
+    if (head.norm_output)
+        std::memcpy(output.get(), states, all * hidden_size * sizeof(T));
+    else
+        add_rms_norm<T>(states, nullptr, static_cast<const T *>(head.norm), eps, all, hidden_size, nullptr, output.get());
+    for (Index i = 0; sharpness && i < all * hidden_size; i++) write(output.get() + i, read(output[i]) * read(sharpness[i / hidden_size / rows]));
+    head.lm_head.multiply(output.get(), all, logits);
+}
+
 // As Eagle3Head.forward and .logits have it, of ``rows`` rows for each request; table: embeddings; shift [batch, hidden] and sharpness
 // [batch] of a request, null: none; logits null: not wanted. hidden [batch * rows, hidden]: the states before, and then those of these rows.
 template <class T>
@@ -122,7 +135,5 @@ void head_rows(
     run_layer(head->layer, pass, x.get(), residual.get(), k_cache, v_cache, hidden);  // hidden: what is to be added
     norm(residual.get(), hidden, head->norm, residual.get());
     std::memcpy(hidden, head->norm_output ? normed.get() : residual.get(), all * hidden_size * sizeof(T));
-    if (!logits) return;
-    for (Index i = 0; sharpness && i < all * hidden_size; i++) write(normed.get() + i, read(normed[i]) * read(sharpness[i / hidden_size / rows]));
-    head->lm_head.multiply(normed.get(), all, logits);
+    if (logits) head_output(*head, hidden, sharpness, batch, rows, hidden_size, eps, logits);
 }

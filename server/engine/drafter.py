@@ -12,7 +12,7 @@ from kernels import cpu
 from kernels.draft_level import draft_level
 from kernels.noise import Noise, NoiseKey
 from kernels.rope_store import rope_store
-from kernels.sampling import SamplingBatch
+from kernels.sampling import SamplingBatch, has_kernel
 from kernels.tree_attention import tree_attention
 from kernels.tree_layout import TreeLayout, physical_slots
 from server.engine.cpu_layout import joined
@@ -192,6 +192,8 @@ class Drafter:
         limits int64 [B]: most drafted nodes of each request, where 0 is all that counts here.
         """
         arguments = rows + 1, block_tables, context_lens, options
+        if self._joined is not None and self.graphs is None and has_kernel(options) and cpu.serves(self.state):
+            return self._grown(*arguments, noise, sigma, temperature, limits, shape)
         if self.graphs is None:
             return Grown.of(self._levels(*arguments, noise, sigma, temperature, limits, shape, max_context))
         return Grown.of(
@@ -200,6 +202,22 @@ class Drafter:
                 shape=shape, max_context=graph_context(max_context),
             )
         )  # fmt: skip
+
+    def _grown(
+        self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, options: SamplingBatch, noise: Noise | None, sigma: Tensor,
+        temperature: Tensor, limits: Tensor | None, shape: TreeShape,
+    ) -> Grown:  # fmt: skip
+        """``_levels`` in one call."""
+        assert self._joined is not None
+        head, vocab = self.head, self.head.config.vocab_size
+        start = torch.zeros_like(temperature) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
+        pool, levels = self._joined.grow(
+            head.table, self.state[rows], head.rope, *head.condition(temperature[:, None]), block_tables, context_lens, self.block_size,
+            None if noise is None else noise.key, vocab, self._target_ids, options.temperature, sigma.t(), start, shape.topk,
+            (shape.level_price, shape.node_price), self.cache.k[0], self.cache.v[0],
+        )  # fmt: skip
+        scores, tokens, parents = pool
+        return Grown(Pool(scores, tokens, parents), levels, (tokens[:, 0], scores[:, 0]))
 
     def go_on(
         self, rows: Tensor, features: Tensor, verdict: Verdict, block_tables: Tensor, context_lens: Tensor, max_context: int,
