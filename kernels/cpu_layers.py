@@ -48,7 +48,7 @@ class Layers:
         self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, live: Tensor | None, parts: Sequence[TreeLayout],
         firsts: Sequence[int], k_cache: Tensor, v_cache: Tensor, taps: Sequence[int],
     ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-        """hidden [T, H] -> the last layer's output as a sum of two [T, H], and what the layers ``taps``, in order, read, [T, H] each.
+        """hidden [T, H] -> the last layer's output as a sum of two [T, H], and what the layers ``taps`` read, [T, H] each.
 
         cos, sin [T, 1, D] and slots int64 [T], live bool [T] as ``rope_store`` has them; ``parts``: layouts of rows that begin at
         ``firsts``; k_cache, v_cache [layers, blocks, block, Hkv, D].

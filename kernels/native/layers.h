@@ -69,7 +69,7 @@ void run_layer(const Layer &own, const Pass<T> &pass, const T *x, T *residual, T
     own.down.multiply(gated.get(), rows, delta);
 }
 
-// hidden [rows, hidden] goes through ``count`` layers; what the last one adds comes to delta. What the layers ``taps``, in order, read
+// hidden [rows, hidden] goes through ``count`` layers; what the last one adds comes to delta. What the layers ``taps`` read
 // comes to tapped [taps, rows, hidden]. A layer's caches begin ``cache_layer`` elements after those before it.
 template <class T>
 void decoder_layers(
@@ -78,11 +78,11 @@ void decoder_layers(
     Index hidden_size, Index heads, Index kv_heads, Index size, float scale, float eps, T *hidden, T *delta, T *tapped) {
     const Pass<T> pass{rows, hidden_size, heads, kv_heads, size, scale, eps, cos, sin, slots, live, parts, firsts, part_count};
     auto normed = room<T>(rows * hidden_size);
-    for (Index i = 0, tap = 0; i < count; i++) {
+    for (Index i = 0; i < count; i++) {
         add_rms_norm(
             hidden, i ? delta : nullptr, static_cast<const T *>(layers[i].input_norm), eps, rows, hidden_size, hidden, normed.get());
-        for (; tap < tap_count && taps[tap] == i; tap++)
-            std::memcpy(tapped + tap * rows * hidden_size, hidden, rows * hidden_size * sizeof(T));
+        for (Index tap = 0; tap < tap_count; tap++)
+            if (taps[tap] == i) std::memcpy(tapped + tap * rows * hidden_size, hidden, rows * hidden_size * sizeof(T));
         run_layer(layers[i], pass, normed.get(), hidden, k_cache + i * cache_layer, v_cache + i * cache_layer, delta);
     }
 }

@@ -1,0 +1,143 @@
+"""Whole layers, and whole drafts, in one call on a CPU: to the last bit what their parts make one after the other."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import cpu
+from server.engine.cpu_layout import pack_for_trees, quantize_draft
+from server.engine.drafter import Grown
+from server.engine.engine import Engine
+from server.engine.lean import LeanDecoder
+from server.engine.types import SamplingParams
+from tests.engine.engines import build, random_head, run, tiny_model
+
+pytestmark = pytest.mark.skipif(cpu.library() is None, reason="there is no C++ compiler")
+needs_tiles = pytest.mark.skipif(not cpu.has("linear", torch.bfloat16), reason="the processor has no tiles")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_tiles)]
+HEADS = {
+    "as published": {},
+    "normed output": {"norm_output": True, "temperature_shift": True},
+    "normed residual": {"norm_before_residual": True, "temperature_sharpness": 2.5},
+    "few drafted tokens": {"draft_vocab_size": 100, "temperature_shift": True, "temperature_sharpness": 0.5},
+}
+
+
+def packed(model: Any) -> LeanDecoder:
+    decoder = LeanDecoder(model)
+    pack_for_trees(decoder)
+    decoder.join()
+    return decoder
+
+
+def eight_bit_head(model: Any, **changes: Any) -> Any:
+    head = random_head(model, **changes).to(model.dtype)
+    if head.temperature_shift is not None:
+        head.temperature_shift.normal_(std=0.1)
+    if head.d2t is not None:
+        head.d2t += torch.arange(len(head.d2t))  # every other token
+    quantize_draft(head)
+    return head
+
+
+def serve(engine: Engine) -> None:
+    """Requests of several lengths, greedy and sampled, with small trees, large ones and none."""
+    requests = [
+        ([7 + i] * (5 * i + 1), SamplingParams(max_tokens=12 + i, temperature=i % 3 / 2, seed=i, ignore_eos=True, max_draft_nodes=limit))
+        for i, limit in enumerate((None, 2, None, 0, 5))
+    ]
+    run(engine, requests)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_layers(model_type: str, dtype: torch.dtype) -> None:
+    """With a window, with biases; prompts and trees of different sizes in one pass, and features for a head."""
+    model = tiny_model(model_type).to(dtype)
+    engine = build(model, random_head(model).to(dtype), decoder=packed, tree_nodes=8, max_num_seqs=4)
+    decoder = engine.steps.target.decoder
+    assert isinstance(decoder, LeanDecoder)
+    joined, parts = decoder._joined, list[int]()
+    assert joined is not None
+
+    def both(tokens: Tensor, positions: Tensor, context: Any, keep: Tensor | None, taps: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+        logits, read = decoder.forward(tokens, positions, context, keep, taps)
+        decoder._joined = None
+        expected, expected_read = decoder.forward(tokens, positions, context, keep, taps)
+        decoder._joined = joined
+        assert torch.equal(logits, expected)
+        assert len(read) == len(expected_read) == 3
+        assert all(map(torch.equal, read, expected_read))
+        parts.append(len(context.parts))
+        return logits, read
+
+    engine.steps.target.decoder = both
+    serve(engine)
+    assert max(parts) == 2
+    assert len(parts) > 12
+
+
+@pytest.mark.parametrize("model_type", ["qwen3"])
+def test_other_layers_stay_apart(model_type: str) -> None:
+    assert packed(tiny_model(model_type))._joined is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", HEADS)
+def test_drafts(kind: str, dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    engine = build(model, eight_bit_head(model, **HEADS[kind]), tree_nodes=12, max_num_seqs=4)
+    drafter = engine.proposer.drafter
+    assert drafter is not None
+    joined, grow, levels = drafter._joined, drafter.grow, list[int]()
+    assert joined is not None
+
+    def both(*arguments: Any) -> Grown:
+        shape = arguments[4]
+        for priced in (shape._replace(level_price=0.3, node_price=0.02), shape._replace(level_price=9.0, node_price=0.02), shape):
+            own = (*arguments[:4], priced, *arguments[5:])
+            drafter._joined = None
+            expected = grow(*own)
+            drafter._joined = joined
+            found = grow(*own)
+            assert found.levels == expected.levels
+            assert all(map(torch.equal, found.pool, expected.pool))
+            assert all(map(torch.equal, found.guesses, expected.guesses))
+            levels.append(found.levels)
+        return found
+
+    drafter.grow = both  # type: ignore[method-assign]
+    serve(engine)
+    assert {1, engine.shape.depth} <= set(levels)
+    assert engine.proposer.failed == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", HEADS)
+def test_caches_brought_up_to_date(kind: str, dtype: torch.dtype) -> None:
+    """The states of last rows, which attend in groups of other sizes, differ by rounding; keys and values do not."""
+    model = tiny_model("llama").to(dtype)
+    engine = build(model, eight_bit_head(model, **HEADS[kind]), tree_nodes=12, max_num_seqs=4)
+    drafter = engine.proposer.drafter
+    assert drafter is not None
+    joined, extend, rows = drafter._joined, drafter.extend, list[list[int]]()
+
+    def both(places: Tensor, *arguments: Any) -> None:
+        drafter._joined = None
+        extend(places, *arguments)
+        expected, keys = drafter.state[places].clone(), drafter.cache.k.clone()
+        drafter.state[places] = torch.nan
+        drafter._joined = joined
+        extend(places, *arguments)
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(drafter.state[places], expected, atol=tolerance, rtol=tolerance)
+        assert torch.equal(drafter.cache.k, keys)
+        rows.append(arguments[4].tolist())
+
+    drafter.extend = both  # type: ignore[method-assign]
+    serve(engine)
+    counts = [[after - before for before, after in zip([-1, *last], last, strict=False)] for last in rows]
+    assert any(len(set(own)) > 1 for own in counts), "some requests had more rows than others"
+    assert any(len(own) == 1 for own in counts)
