@@ -75,8 +75,10 @@ def measure_costs(
             continue
         for _ in range(MAX_TURNS):
             # Twice each: the first finds the processor's caches full of another kind's.
-            turn = [*(min(run(batch, kind), run(batch, kind)) for kind in kinds), *(sync(batch, rows) for rows in (1, MEASURED_ROWS))]
-            best, spent = list(map(min, best, turn)), spent + sum(turn)
+            pairs = [(run(batch, kind), run(batch, kind)) for kind in kinds]
+            late = [sync(batch, rows) for rows in (1, MEASURED_ROWS)]
+            best = list(map(min, best, [*map(min, pairs), *late]))
+            spent += sum(map(sum, pairs)) + sum(late)
             if spent > until:
                 break
         costs[batch] = _parts(best, shape.depth, many.nodes, batch)
