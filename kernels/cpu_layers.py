@@ -91,7 +91,7 @@ class HeadRows:
         table [V, H]: embeddings of tokens; tokens int64 [B, N]; hidden [B, N, H]: the states before; angles [2, B, N, 1, D], slots int64
         [B, N]; shift [B, 1, H] and sharpness [B, 1, 1], None: none.
         """
-        assert table.is_contiguous()
+        _check(table, hidden)
         hidden = hidden.contiguous().clone()
         out = hidden.new_empty(*tokens.shape, self.head.lm_head.outputs) if logits else None
         cos, sin = angles.contiguous()
@@ -113,7 +113,7 @@ class HeadRows:
         None: none; temperature float32 [B]; sigma float32 [levels, B]; start float32 [B]: scores of the roots; ``prices``: of a level and
         of a node. The others as in ``run`` and ``draft_level``.
         """
-        assert table.is_contiguous()
+        _check(table, states)
         assert angles.is_contiguous()
         levels, batch = sigma.shape
         drafted = self.head.lm_head.outputs
@@ -134,6 +134,12 @@ class HeadRows:
         )  # fmt: skip
         columns, grown = used.tolist()
         return (scores[:, :columns], tokens[:, :columns], parents[:, :columns]), grown
+
+
+def _check(table: Tensor, states: Tensor) -> None:
+    """What would be read as something else otherwise."""
+    assert table.is_contiguous()
+    assert (table.dtype, table.shape[1]) == (states.dtype, states.shape[-1])
 
 
 def _words(part: Any) -> list[int]:

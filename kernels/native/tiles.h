@@ -74,6 +74,7 @@ inline void tile_linear(
 #pragma omp parallel if (rows * size * outputs >= LEAST_WORK)
     {
         const TileConfig config;
+        asm volatile("" ::: "memory");  // some compilers do not know that all of the config is read
         _tile_loadconfig(&config);
         float sums[2 * TILE_ROWS][PANEL];
 #pragma omp for schedule(static) nowait

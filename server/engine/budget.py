@@ -113,9 +113,9 @@ class LoadRule:
         """
         batch = len(requests) + coming
         if guesses is None and self._rests(requests, batch):
-            return self._last
+            return replace(self._last, batch=len(requests))
         cost = self._cost(batch)
-        texts = {} if guesses is None else self._texts.gains(requests, guesses, cost)
+        texts = {} if guesses is None else self._texts.gains(requests, guesses, self._cost(len(requests)))
         tokens, nodes = total(texts)
         speed = (batch + tokens) / (cost.plain + self._texts.seconds(batch, cost, nodes))
         chosen: list[Request] = []

@@ -77,8 +77,10 @@ def pack_for_trees(model: nn.Module) -> None:
     for oneDNN, where the processor has bfloat16: any number of rows takes 0.7 of the time of the plain layout, which oneDNN reorders at
     every call. Nothing changes where the copies would take more than half of the free memory.
     """
-    packed = {torch.float32: PanelLinear, torch.bfloat16: PanelLinear if cpu.has("linear", torch.bfloat16) else PackedLinear}
     gaining = [m for m in model.modules() if type(m) is nn.Linear and _gains(m.weight)]
+    if not gaining:  # on a GPU nothing is compiled for a CPU
+        return
+    packed = {torch.float32: PanelLinear, torch.bfloat16: PanelLinear if cpu.has("linear", torch.bfloat16) else PackedLinear}
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if 2 * sum(linear.weight.nbytes for linear in gaining) > free:
         return

@@ -72,6 +72,13 @@ def test_requests_that_come_count_before_they_decode() -> None:
     assert len(rule.choose(crowd(2), coming=0).drafting) == 2
 
 
+def test_a_resting_plan_is_of_the_requests_that_decode() -> None:
+    """Whose prompts were still computed when it was made."""
+    rule = experienced(SHAPE, machine(0.5, 0.5), ACCEPTANCE)
+    assert rule.choose(crowd(1), coming=3).batch == 1
+    assert rule.choose(crowd(4)).batch == 4
+
+
 def test_trees_of_a_few_cost_what_trees_of_the_batch_do() -> None:
     """A step of many requests takes longer where only one of them has a tree: as if a text had proposed it."""
     few, many = StepCost(1.0, 1.1, 0.1, 0.01), StepCost(1.0, 1.1, 0.1, 0.01)

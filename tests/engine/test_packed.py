@@ -128,3 +128,8 @@ def test_without_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> N
     model = nn.Sequential(nn.Linear(640, 512))
     pack_for_trees(model)
     assert type(model[0]) is nn.Linear
+
+
+def test_nothing_is_compiled_for_models_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: pytest.fail("the CPU's kernels were asked for"))
+    pack_for_trees(nn.Sequential(nn.Linear(64, 32, device="meta")))
