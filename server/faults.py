@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 POINTS = ("tokenizer", "step", "prefill", "draft", "target", "verify", "commit")
 KINDS = ("raise", "memory", "device", "sleep", "nan")
-NAN_POINTS = ("draft", "target")  # those that return logits
+NAN_POINTS = ("draft", "target")  # those that return logits, or states that these are made from
 
 
 class Fault(NamedTuple):
@@ -74,7 +74,7 @@ def _places(point: str, service: "Service") -> Iterator[tuple[Any, str]]:
             yield module, "prompt_rows"
         case "draft":
             if proposer.drafter is not None:
-                yield proposer.drafter.head, "logits"
+                yield proposer.drafter, "states"
             elif proposer.ngrams is not None:
                 yield proposer.ngrams, "find"
         case "target":

@@ -97,6 +97,10 @@ class Drafter:
         self._joined = joined(head)
         self._target_ids = None if head.d2t is None else head.to_target_ids(torch.arange(config.draft_vocab_size, device=weight.device))
 
+    def states(self, places: Tensor) -> Tensor:
+        """What drafting begins from, [B, H]; places int64 [B]."""
+        return self.state[places]
+
     def _forward(
         self, tokens: Tensor, hidden: Tensor, angles: Tensor, slots: Tensor, layout: TreeLayout, condition: Condition
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -212,7 +216,7 @@ class Drafter:
         head, vocab = self.head, self.head.config.vocab_size
         start = torch.zeros_like(temperature) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
         pool, levels = self._joined.grow(
-            head.table, self.state[rows], head.rope, *head.condition(temperature[:, None]), block_tables, context_lens, self.block_size,
+            head.table, self.states(rows), head.rope, *head.condition(temperature[:, None]), block_tables, context_lens, self.block_size,
             None if noise is None else noise.key, vocab, self._target_ids, options.temperature, sigma.t(), start, shape.topk,
             (shape.level_price, shape.node_price), self.cache.k[0], self.cache.v[0],
         )  # fmt: skip
@@ -267,7 +271,7 @@ class Drafter:
     ) -> tuple[Pool, ...]:  # fmt: skip
         """The nodes of every level; ``rows`` are places in ``state``."""
         topk, sigma = shape.topk, sigma.t().contiguous()
-        y, condition = self.state[rows][:, None], self.head.condition(temperature[:, None])
+        y, condition = self.states(rows)[:, None], self.head.condition(temperature[:, None])
         logits = self.head.logits(y, condition)
         start = torch.zeros_like(temperature) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
         level = draft_level(logits, options, noise, 0, sigma[0], self._target_ids, start[:, None], topk)
