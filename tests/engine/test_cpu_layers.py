@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels import cpu
 from server.engine.cpu_layout import pack_for_trees, quantize_draft
-from server.engine.drafter import Grown
+from server.engine.drafter import Drafter, Grown
 from server.engine.engine import Engine
 from server.engine.lean import LeanDecoder
 from server.engine.types import SamplingParams
@@ -40,6 +40,16 @@ def eight_bit_head(model: Any, **changes: Any) -> Any:
         head.d2t += torch.arange(len(head.d2t))  # every other token
     quantize_draft(head)
     return head
+
+
+def drafting(kind: str, dtype: torch.dtype) -> tuple[Engine, Drafter]:
+    """An engine whose head's rows go through in one call."""
+    model = tiny_model("llama").to(dtype)
+    engine = build(model, eight_bit_head(model, **HEADS[kind]), tree_nodes=12, max_num_seqs=4)
+    drafter = engine.proposer.drafter
+    assert drafter is not None
+    assert drafter._joined is not None
+    return engine, drafter
 
 
 def serve(engine: Engine) -> None:
@@ -87,12 +97,8 @@ def test_other_layers_stay_apart(model_type: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", HEADS)
 def test_drafts(kind: str, dtype: torch.dtype) -> None:
-    model = tiny_model("llama").to(dtype)
-    engine = build(model, eight_bit_head(model, **HEADS[kind]), tree_nodes=12, max_num_seqs=4)
-    drafter = engine.proposer.drafter
-    assert drafter is not None
+    engine, drafter = drafting(kind, dtype)
     joined, grow, levels = drafter._joined, drafter.grow, list[int]()
-    assert joined is not None
 
     def both(*arguments: Any) -> Grown:
         shape = arguments[4]
@@ -118,10 +124,7 @@ def test_drafts(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", HEADS)
 def test_caches_brought_up_to_date(kind: str, dtype: torch.dtype) -> None:
     """The states of last rows, which attend in groups of other sizes, differ by rounding; keys and values do not."""
-    model = tiny_model("llama").to(dtype)
-    engine = build(model, eight_bit_head(model, **HEADS[kind]), tree_nodes=12, max_num_seqs=4)
-    drafter = engine.proposer.drafter
-    assert drafter is not None
+    engine, drafter = drafting(kind, dtype)
     joined, extend, rows = drafter._joined, drafter.extend, list[list[int]]()
 
     def both(places: Tensor, *arguments: Any) -> None:
