@@ -131,5 +131,7 @@ def test_without_kernels_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_nothing_is_compiled_for_models_on_other_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "library", lambda: pytest.fail("the CPU's kernels were asked for"))
+    asked = list[str]()
+    monkeypatch.setattr(cpu, "library", lambda: asked.append("for the CPU's kernels"))
     pack_for_trees(nn.Sequential(nn.Linear(64, 32, device="meta")))
+    assert asked == []
