@@ -1,4 +1,4 @@
-"""Whole decoder layers on a CPU in one call: between the kernels of a small model's step, Python takes longer than they do."""
+"""Whole forward passes on a CPU in one call: between the kernels of a small model's step, Python takes longer than they do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels import cpu
 from kernels.noise import NoiseKey
-from kernels.tree_layout import TreeLayout
+from kernels.tree_layout import Rows, TreeLayout
 
 
 class Matrix(NamedTuple):
@@ -37,31 +37,44 @@ class Layer(NamedTuple):
     window: int | None
 
 
-class Layers:
-    """Layers of one model; ``heads``, ``kv_heads`` and their ``size``, ``scale`` of scores, ``eps`` of norms."""
+class Decoder:
+    """A model: embeddings ``table`` [V, H], RoPE's ``cos`` and ``sin`` [positions, 1, D] as ``rope_store`` has them, layers, the last norm,
+    the output matrix; ``heads``, ``kv_heads`` and their ``size``, ``scale`` of scores, ``eps`` of norms.
+    """
 
-    def __init__(self, layers: Sequence[Layer], heads: int, kv_heads: int, size: int, scale: float, eps: float) -> None:
-        self.layers, self.shape, self.numbers = list(layers), (heads, kv_heads, size), (scale, eps)
-        self.words = torch.tensor([_words(layer) for layer in layers])
+    def __init__(
+        self, table: Tensor, cos: Tensor, sin: Tensor, layers: Sequence[Layer], norm: Tensor, lm_head: Matrix, heads: int, kv_heads: int,
+        size: int, scale: float, eps: float,
+    ) -> None:  # fmt: skip
+        assert all(part.is_contiguous() for part in (table, cos, sin))
+        self.table, self.outputs, self.shape, self.numbers = table, lm_head.outputs, (heads, kv_heads, size), (scale, eps)
+        self._parts = table, cos, sin, list(layers), norm, lm_head  # whose addresses the words have
+        self._layers = torch.tensor([_words(layer) for layer in layers])
+        self.words = torch.tensor(_words((table, cos, sin, norm, lm_head, self._layers, len(layers), len(cos))))
 
-    def run(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, live: Tensor | None, parts: Sequence[TreeLayout],
-        firsts: Sequence[int], k_cache: Tensor, v_cache: Tensor, taps: Sequence[int],
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:  # fmt: skip
-        """hidden [T, H] -> the last layer's output as a sum of two [T, H], and what the layers ``taps`` read, [T, H] each.
+    def run(self, parts: Sequence[Rows], k_cache: Tensor, v_cache: Tensor, taps: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+        """Of each part logits [K, V] and what the layers ``taps`` read, [B, N, taps * H], 0 at rows that are not live; None without taps.
 
-        cos, sin [T, 1, D] and slots int64 [T], live bool [T] as ``rope_store`` has them; ``parts``: layouts of rows that begin at
-        ``firsts``; k_cache, v_cache [layers, blocks, block, Hkv, D].
+        k_cache, v_cache [layers, blocks, block, Hkv, D].
         """
-        hidden, delta = hidden.contiguous().clone(), torch.empty_like(hidden)
-        tapped = hidden.new_empty(len(taps), *hidden.shape)
+        width, held, words = len(taps) * self.table.shape[1], list[Tensor](), list[int]()
+        counts = list[int]()
+        features: list[Tensor | None] = []
+        for tokens, layout, keep in parts:
+            own = None
+            if taps:
+                own = (self.table.new_empty if layout.live is None else self.table.new_zeros)(*tokens.shape, width)
+            held += [tokens := tokens.contiguous(), *([] if keep is None else [keep := keep.contiguous()])]
+            features.append(own)
+            counts.append(len(keep) if keep is not None else tokens.numel() if layout.live is None else len(layout.live_rows))
+            words += _words((tokens, keep, counts[-1], own))
+        logits = self.table.new_empty(sum(counts), self.outputs)
+        layouts = parts[0].layout.words.own if len(parts) == 1 else torch.stack([part.layout.words.own for part in parts])
         cpu.launch(
-            "decoder_layers", hidden.dtype, self.words, len(self.layers), torch.stack([part.words.own for part in parts]),
-            torch.tensor(firsts), len(parts), cos.contiguous(), sin.contiguous(), slots.contiguous(),
-            None if live is None else live.contiguous(), k_cache, v_cache, k_cache.stride(0), torch.tensor(taps, dtype=torch.long),
-            len(taps), *hidden.shape, *self.shape, *self.numbers, hidden, delta, tapped,
+            "decode", self.table.dtype, self.words, layouts, torch.tensor(words), len(parts), k_cache, v_cache, k_cache.stride(0),
+            torch.tensor(taps, dtype=torch.long), len(taps), self.table.shape[1], *self.shape, *self.numbers, logits,
         )  # fmt: skip
-        return hidden, delta, list(tapped.unbind(0))
+        return list(zip(logits.split(counts), features, strict=True))
 
 
 class Head(NamedTuple):
@@ -76,7 +89,7 @@ class Head(NamedTuple):
 
 
 class HeadRows:
-    """Drafted rows of a head in one call; arguments as ``Layers`` has them."""
+    """Drafted rows of a head in one call; arguments as ``Decoder`` has them."""
 
     def __init__(self, head: Head, heads: int, kv_heads: int, size: int, scale: float, eps: float) -> None:
         self.head, self.shape, self.numbers = head, (heads, kv_heads, size), (scale, eps)

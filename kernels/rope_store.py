@@ -54,7 +54,7 @@ def rope_store_cpu(
     heads = qk.shape[1] - kv_heads
     q = qk.new_empty(rows, heads, size)
     cpu.launch(
-        "rope_store", qk.dtype, qk, qk.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(), slots.contiguous(),
+        "rope_store", qk.dtype, qk, qk.stride(0), v, v.stride(0), cos.contiguous(), sin.contiguous(), None, slots.contiguous(),
         None if live is None else live.contiguous(), rows, heads, kv_heads, size, k_cache, v_cache, q,
     )  # fmt: skip
     return q

@@ -129,6 +129,14 @@ class TreeLayout:
         return visible
 
 
+class Rows(NamedTuple):
+    """New rows of some requests in one forward pass; their K and V go to the layout's slots."""
+
+    tokens: Tensor  # int64 [B, N]
+    layout: TreeLayout
+    keep: Tensor | None = None  # the flat rows int64 [K], ascending and live, whose logits are wanted; None: all
+
+
 def physical_slots(block_tables: Tensor, logical: Tensor, block_size: int) -> Tensor:
     """Logical slots int64 [B, S] -> physical slots int64 [B, S]."""
     block = (logical // block_size).clamp(0, block_tables.shape[1] - 1)

@@ -36,6 +36,17 @@ inline Index worthwhile(const float *scores, Index topk, const float *parents, I
     return width;
 }
 
+// The noise of all requests at one depth of their trees.
+template <class T>
+void draw(const Draft<T> &own, Index depth, Index *places, float *noise) {
+#pragma omp single
+    for (Index b = 0; b < own.batch; b++) places[b] = own.positions[b] + depth;
+    gumbel_noise(own.seeds, places, own.batch, own.vocab, noise);
+#pragma omp for
+    for (Index b = 0; b < own.batch; b++)
+        if (!own.sampled[b]) std::fill(noise + b * own.vocab, noise + (b + 1) * own.vocab, 0.0f);
+}
+
 // Grows trees of at most ``levels`` levels after the states [batch, hidden]. The nodes of each level, level by level, come to scores,
 // tokens and parents, rows of topk * (1 + (levels - 1) * topk), as in Pool; used [2]: how many columns that are, and levels.
 template <class T>
@@ -43,24 +54,20 @@ void grow(
     const Head *head, const Draft<T> *draft, Index hidden_size, Index heads, Index kv_heads, Index size, float scale, float eps, const T *states,
     T *k_cache, T *v_cache, float *scores, Index *tokens, Index *parents, Index *used) {
     const Draft<T> &own = *draft;
-    const Index batch = own.batch, topk = own.topk, most = batch * topk, pool = topk * (1 + (own.levels - 1) * topk);
+    const Shape shape{hidden_size, heads, kv_heads, size, scale, eps};
+    const Index batch = own.batch, topk = own.topk, most = batch * topk, pool = topk * (1 + (own.levels - 1) * topk), first = 0;
+    const HeadRoom<T> space(*head, shape, most);
     auto hidden = room<T>(most * hidden_size), next = room<T>(most * hidden_size), logits = room<T>(most * own.draft_vocab);
-    auto cos = room<T>(most * size), sin = room<T>(most * size);
     auto noise = room<float>(batch * own.vocab), level = room<float>(most * topk), best_scores = room<float>(most), above = room<float>(most);
     auto level_tokens = room<Index>(most * topk), best = room<Index>(most), sources = room<Index>(most), best_tokens = room<Index>(most);
     auto bits = room<Index>(most), bits_before = room<Index>(most), expanded = room<Index>(most);
-    auto slots = room<Index>(most), depths = room<Index>(most), places = room<Index>(batch);
+    auto slots = room<Index>(most), depths = room<Index>(most), places = room<Index>(batch), angles = room<Index>(most), chosen = room<Index>(most);
     Index columns = 0, before = 0, parent_count = 1, rows = 1, depth = 0;  // before: columns before those of the last level
-    auto choose = [&](const float *from) {  // the children of the last rows
-        if (own.seeds) {
-            for (Index b = 0; b < batch; b++) places[b] = own.positions[b] + depth;
-            gumbel_noise(own.seeds, places.get(), batch, own.vocab, noise.get());
-            for (Index b = 0; b < batch; b++)
-                if (!own.sampled[b]) std::fill(noise.get() + b * own.vocab, noise.get() + (b + 1) * own.vocab, 0.0f);
-        }
-        draft_level(
-            logits.get(), own.temperature, own.seeds ? noise.get() : nullptr, own.vocab, own.sigma + depth * batch, own.target_ids, from, batch,
-            rows, own.draft_vocab, topk, level.get(), level_tokens.get(), best_scores.get(), best.get(), sources.get(), best_tokens.get());
+    Layout layout{own.tables, own.lengths, depths.get(), bits.get(), nullptr, nullptr, nullptr, own.table_row, own.table_size, 1, 1, batch, 1,
+                  own.block_size, 0, 0};
+    Pass<T> pass{batch, own.angles, own.angles + own.angle_rows * size, angles.get(), slots.get(), &layout, &first, 1};
+
+    auto keep = [&] {  // the children of the last rows
         for (Index b = 0; b < batch; b++)
             for (Index i = 0; i < rows * topk; i++) {
                 scores[b * pool + columns + i] = level[b * rows * topk + i], tokens[b * pool + columns + i] = level_tokens[b * rows * topk + i];
@@ -68,35 +75,42 @@ void grow(
             }
         before = columns, columns += rows * topk, depth++;
     };
-    head_output(*head, states, own.sharpness, batch, 1, hidden_size, eps, logits.get());
-    std::memcpy(hidden.get(), states, batch * hidden_size * sizeof(T));
-    std::fill(above.get(), above.get() + batch, 0.0f), std::fill(bits.get(), bits.get() + most, 0);
-    for (const float *from = own.start;; from = above.get()) {
-        choose(from);
-        if (depth == own.levels) break;
-        Index width = worthwhile(best_scores.get(), topk, above.get(), parent_count, batch, own.level_price, own.node_price);
-        if (width == 0) break;
+    auto expand = [&](Index width) {  // the best of them
         std::swap(bits, bits_before);
-        const Index first = (depth - 1) * topk;
+        const Index first_slot = (depth - 1) * topk;
         for (Index b = 0; b < batch; b++)
             for (Index i = 0; i < width; i++) {
-                Index row = b * width + i, source = sources[b * topk + i], slot = own.lengths[b] + first + i;
-                Index angle = std::min(own.lengths[b] + depth - 1, own.angle_rows - 1);
+                Index row = b * width + i, source = sources[b * topk + i];
                 above[row] = best_scores[b * topk + i], expanded[row] = best[b * topk + i], depths[row] = depth - 1;
-                best_tokens[row] = best_tokens[b * topk + i];
-                bits[row] = (depth == 1 ? 0 : bits_before[b * rows + source]) | Index(uint64_t(1) << (first + i));
+                chosen[row] = best_tokens[b * topk + i], angles[row] = std::min(own.lengths[b] + depth - 1, own.angle_rows - 1);
+                bits[row] = (depth == 1 ? 0 : bits_before[b * rows + source]) | Index(uint64_t(1) << (first_slot + i));
                 std::memcpy(next.get() + row * hidden_size, hidden.get() + (b * rows + source) * hidden_size, hidden_size * sizeof(T));
-                slots[row] = own.tables[b * own.table_row + std::min(slot / own.block_size, own.table_size - 1)] * own.block_size + slot % own.block_size;
-                std::memcpy(cos.get() + row * size, own.angles + angle * size, size * sizeof(T));
-                std::memcpy(sin.get() + row * size, own.angles + (own.angle_rows + angle) * size, size * sizeof(T));
+                layout.find<1>(b, own.lengths[b] + first_slot + i, slots.get() + row);
             }
         std::swap(hidden, next);
-        rows = parent_count = width;
-        const Layout layout{own.tables, own.lengths, depths.get(), bits.get(), nullptr, nullptr, nullptr, own.table_row, own.table_size, width, 1,
-                            batch, width, own.block_size, first, 0};
-        head_rows(
-            head, &layout, own.table, best_tokens.get(), cos.get(), sin.get(), slots.get(), own.shift, own.sharpness, k_cache, v_cache, batch, width,
-            hidden_size, heads, kv_heads, size, scale, eps, hidden.get(), logits.get());
+        rows = parent_count = width, pass.rows = batch * width;
+        layout.ancestors = bits.get(), layout.depth_row = layout.rows = width, layout.first_column = first_slot;
+    };
+    std::memcpy(hidden.get(), states, batch * hidden_size * sizeof(T));
+    std::fill(above.get(), above.get() + batch, 0.0f), std::fill(bits.get(), bits.get() + most, 0);
+    bool more = true;
+#pragma omp parallel
+    while (true) {
+        head_output(*head, shape, space, hidden.get(), own.sharpness, batch, rows, logits.get());
+        if (own.seeds) draw(own, depth, places.get(), noise.get());
+        draft_level(
+            logits.get(), own.temperature, own.seeds ? noise.get() : nullptr, own.vocab, own.sigma + depth * batch, own.target_ids,
+            depth ? above.get() : own.start, batch, rows, own.draft_vocab, topk, level.get(), level_tokens.get(), best_scores.get(),
+            best.get(), sources.get(), best_tokens.get());
+#pragma omp single
+        {
+            keep();
+            Index width = depth == own.levels ? 0 : worthwhile(best_scores.get(), topk, above.get(), parent_count, batch, own.level_price, own.node_price);
+            if ((more = width > 0)) expand(width);
+        }
+        if (!more) break;
+        head_states(
+            *head, shape, pass, space, own.table, chosen.get(), own.shift, rows, k_cache, v_cache, hidden.get());
     }
     used[0] = columns, used[1] = depth;
 }

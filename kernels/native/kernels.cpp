@@ -17,25 +17,27 @@
 #define FOR_BOTH(NAME)                                       \
     {#NAME "_float32", reinterpret_cast<void *>(NAME<float>)}, \
     {#NAME "_bfloat16", reinterpret_cast<void *>(NAME<Bfloat16>)}
+#define ALONE(...) reinterpret_cast<void *>(Alone<__VA_ARGS__>::run)
+#define ALONE_FOR_BOTH(NAME) {#NAME "_float32", ALONE(NAME<float>)}, {#NAME "_bfloat16", ALONE(NAME<Bfloat16>)}
 
 // The address of a kernel, null where there is none of that name, or where this machine cannot run it.
 extern "C" __attribute__((visibility("default"))) void *kernel(const char *name) {
     static const std::map<std::string, void *> kernels = {
-        FOR_BOTH(add_rms_norm),
-        FOR_BOTH(gated_silu),
-        FOR_BOTH(rope_store),
-        FOR_BOTH(tree_attention),
-        FOR_BOTH(decoder_layers),
+        ALONE_FOR_BOTH(add_rms_norm),
+        ALONE_FOR_BOTH(gated_silu),
+        ALONE_FOR_BOTH(rope_store),
+        ALONE_FOR_BOTH(tree_attention),
+        FOR_BOTH(decode),
         FOR_BOTH(head_rows),
         FOR_BOTH(grow),
         FOR_BOTH(kv_commit),
         FOR_BOTH(tree_verify),
-        FOR_BOTH(draft_level),
-        {"linear_float32", reinterpret_cast<void *>(linear<float, float>)},
-        {"linear_bfloat16", has_tiles() ? reinterpret_cast<void *>(tile_linear) : nullptr},
-        {"int8_linear_float32", reinterpret_cast<void *>(linear<float, int8_t>)},
-        {"int8_linear_bfloat16", reinterpret_cast<void *>(linear<Bfloat16, int8_t>)},
-        {"gumbel_noise", reinterpret_cast<void *>(gumbel_noise)},
+        ALONE_FOR_BOTH(draft_level),
+        {"linear_float32", ALONE(linear<float, float>)},
+        {"linear_bfloat16", has_tiles() ? ALONE(tile_linear) : nullptr},
+        {"int8_linear_float32", ALONE(linear<float, int8_t>)},
+        {"int8_linear_bfloat16", ALONE(linear<Bfloat16, int8_t>)},
+        {"gumbel_noise", ALONE(gumbel_noise)},
         {"tree_mask", reinterpret_cast<void *>(tree_mask)},
         {"best_nodes", reinterpret_cast<void *>(best_nodes)},
     };

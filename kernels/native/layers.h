@@ -1,4 +1,4 @@
-// Whole layers in one call: what a step of a small model costs beside its products is the calls.
+// Whole passes in one call: what a step of a small model costs beside its products is the calls.
 #pragma once
 
 #include "attention.h"
@@ -32,58 +32,143 @@ struct Layer {
     Index window;
 };
 
-// What the layers of a pass over ``rows`` rows share; ``parts``: layouts whose rows begin at ``firsts``.
-template <class T>
-struct Pass {
-    Index rows, hidden, heads, kv_heads, size;
+// A model's, or a draft head's.
+struct Shape {
+    Index hidden, heads, kv_heads, size;
     float scale, eps;
-    const T *cos, *sin;
-    const Index *slots;
-    const bool *live;
-    const Layout *parts;
-    const Index *firsts;
-    Index part_count;
 };
 
 template <class T>
 std::unique_ptr<T[]> room(Index count) { return std::unique_ptr<T[]>(new T[count]); }
 
+// What a pass over ``rows`` rows computes in between.
+template <class T>
+struct Room {
+    std::unique_ptr<T[]> qkv, q, attended, normed, gate_up, gated;
+
+    Room(const Layer &layer, const Shape &shape, Index rows)
+        : qkv(room<T>(rows * layer.qkv.outputs)), q(room<T>(rows * layer.o.size)), attended(room<T>(rows * layer.o.size)),
+          normed(room<T>(rows * shape.hidden)), gate_up(room<T>(rows * layer.gate_up.outputs)), gated(room<T>(rows * layer.down.size)) {}
+};
+
+// What the layers of a pass over ``rows`` rows share; cos, sin and places as rope_store has them; ``parts``: layouts whose rows begin at
+// ``firsts``.
+template <class T>
+struct Pass {
+    Index rows;
+    const T *cos, *sin;
+    const Index *places, *slots;
+    const Layout *parts;
+    const Index *firsts;
+    Index part_count;
+};
+
 // x: what qkv reads; residual gets what attention adds, and delta what is to be added to it then.
 template <class T>
-void run_layer(const Layer &own, const Pass<T> &pass, const T *x, T *residual, T *k_cache, T *v_cache, T *delta) {
-    const Index rows = pass.rows, all = (pass.heads + 2 * pass.kv_heads) * pass.size, width = pass.heads * pass.size;
-    auto qkv = room<T>(rows * all), q = room<T>(rows * width), attended = room<T>(rows * width), normed = room<T>(rows * pass.hidden);
-    auto gate_up = room<T>(rows * own.gate_up.outputs), gated = room<T>(rows * own.down.size);
-    own.qkv.multiply(x, rows, qkv.get());
-    rope_store(
-        qkv.get(), all, qkv.get() + width + pass.kv_heads * pass.size, all, pass.cos, pass.sin, pass.slots, pass.live, rows, pass.heads,
-        pass.kv_heads, pass.size, k_cache, v_cache, q.get());
-    for (Index part = 0; part < pass.part_count; part++)
+void run_layer(
+    const Layer &own, const Shape &shape, const Pass<T> &pass, const Room<T> &room, const T *x, T *residual, T *k_cache, T *v_cache, T *delta) {
+    const Index rows = pass.rows, all = own.qkv.outputs, width = own.o.size;
+    own.qkv.multiply(x, rows, room.qkv.get());
+    rope_store<T>(
+        room.qkv.get(), all, room.qkv.get() + width + shape.kv_heads * shape.size, all, pass.cos, pass.sin, pass.places, pass.slots,
+        nullptr, rows, shape.heads, shape.kv_heads, shape.size, k_cache, v_cache, room.q.get());
+    for (Index part = 0; part < pass.part_count; part++) {
+        const Index first = pass.firsts[part] * width;
         tree_attention(
-            q.get() + pass.firsts[part] * width, pass.parts[part].rows * width, width, pass.size, k_cache, v_cache, pass.parts + part,
-            own.window, pass.heads, pass.kv_heads, pass.size, pass.scale, attended.get() + pass.firsts[part] * width);
-    own.o.multiply(attended.get(), rows, delta);
-    add_rms_norm(residual, delta, static_cast<const T *>(own.norm), pass.eps, rows, pass.hidden, residual, normed.get());
-    own.gate_up.multiply(normed.get(), rows, gate_up.get());
-    gated_silu(gate_up.get(), rows, own.down.size, gated.get());
-    own.down.multiply(gated.get(), rows, delta);
+            room.q.get() + first, pass.parts[part].rows * width, width, shape.size, k_cache, v_cache, pass.parts + part, own.window,
+            shape.heads, shape.kv_heads, shape.size, shape.scale, room.attended.get() + first);
+    }
+    own.o.multiply(room.attended.get(), rows, delta);
+    add_rms_norm(residual, delta, static_cast<const T *>(own.norm), shape.eps, rows, shape.hidden, residual, room.normed.get());
+    own.gate_up.multiply(room.normed.get(), rows, room.gate_up.get());
+    gated_silu(room.gate_up.get(), rows, own.down.size, room.gated.get());
+    own.down.multiply(room.gated.get(), rows, delta);
 }
 
-// hidden [rows, hidden] goes through ``count`` layers; what the last one adds comes to delta. What the layers ``taps`` read
-// comes to tapped [taps, rows, hidden]. A layer's caches begin ``cache_layer`` elements after those before it.
+// A model; table: its embeddings; cos, sin [angles, size].
+struct Decoder {
+    const void *table, *cos, *sin, *norm;
+    Matrix lm_head;
+    const Layer *layers;
+    Index count, angles;
+};
+
+// Of a layout the tokens of all its nodes, the ``kept`` flat nodes whose logits are wanted, ascending, null: of all rows; and where what
+// the tapped layers read comes to, [nodes, taps * hidden].
+struct Part {
+    const Index *tokens, *keep;
+    Index kept;
+    void *features;
+};
+
+// Where the rows of a pass come from and go to.
+struct Places {
+    std::unique_ptr<Index[]> firsts, parts, nodes, angles, slots, kept;
+    Index rows = 0, kept_rows = 0;
+
+    Places(const Layout *layouts, const Part *given, Index part_count, Index angle_count) : firsts(room<Index>(part_count)) {
+        for (Index part = 0; part < part_count; part++) {
+            firsts[part] = rows;
+            for (Index b = 0; b < layouts[part].batch; b++) rows += layouts[part].row_count(b);
+            kept_rows += given[part].keep ? given[part].kept : rows - firsts[part];
+        }
+        for (auto *own : {&parts, &nodes, &angles, &slots}) *own = room<Index>(rows);
+        kept = room<Index>(kept_rows);
+        for (Index part = 0, row = 0, k = 0; part < part_count; part++) {
+            const Layout &layout = layouts[part];
+            const Index *keep = given[part].keep, *end = keep + given[part].kept;
+            for (Index b = 0; b < layout.batch; b++)
+                for (Index i = 0; i < layout.row_count(b); i++, row++) {
+                    Index node = layout.node(b, i), flat = b * layout.rows + node, slot;
+                    parts[row] = part, nodes[row] = flat;
+                    angles[row] = std::min(layout.lengths[b] + layout.depth[b * layout.depth_row + node], angle_count - 1);
+                    layout.find<1>(b, layout.lengths[b] + layout.first_column + node, &slot), slots[row] = slot;
+                    if (!given[part].keep || (keep < end && *keep == flat)) kept[k++] = row, keep++;
+                }
+        }
+    }
+};
+
+// A forward pass over the rows of all parts, one after the other, to the logits of kept rows. A layer's caches begin ``cache_layer``
+// elements after those before it; ``taps``: layers whose input is wanted.
 template <class T>
-void decoder_layers(
-    const Layer *layers, Index count, const Layout *parts, const Index *firsts, Index part_count, const T *cos, const T *sin,
-    const Index *slots, const bool *live, T *k_cache, T *v_cache, Index cache_layer, const Index *taps, Index tap_count, Index rows,
-    Index hidden_size, Index heads, Index kv_heads, Index size, float scale, float eps, T *hidden, T *delta, T *tapped) {
-    const Pass<T> pass{rows, hidden_size, heads, kv_heads, size, scale, eps, cos, sin, slots, live, parts, firsts, part_count};
-    auto normed = room<T>(rows * hidden_size);
-    for (Index i = 0; i < count; i++) {
-        add_rms_norm(
-            hidden, i ? delta : nullptr, static_cast<const T *>(layers[i].input_norm), eps, rows, hidden_size, hidden, normed.get());
-        for (Index tap = 0; tap < tap_count; tap++)
-            if (taps[tap] == i) std::memcpy(tapped + tap * rows * hidden_size, hidden, rows * hidden_size * sizeof(T));
-        run_layer(layers[i], pass, normed.get(), hidden, k_cache + i * cache_layer, v_cache + i * cache_layer, delta);
+void decode(
+    const Decoder *model, const Layout *layouts, const Part *given, Index part_count, T *k_cache, T *v_cache, Index cache_layer,
+    const Index *taps, Index tap_count, Index hidden_size, Index heads, Index kv_heads, Index size, float scale, float eps, T *logits) {
+    const Shape shape{hidden_size, heads, kv_heads, size, scale, eps};
+    const Places at(layouts, given, part_count, model->angles);
+    const Pass<T> pass{
+        at.rows, static_cast<const T *>(model->cos), static_cast<const T *>(model->sin), at.angles.get(), at.slots.get(), layouts,
+        at.firsts.get(), part_count};
+    const Room<T> space(model->layers[0], shape, at.rows);
+    auto hidden = room<T>(at.rows * hidden_size), delta = room<T>(at.rows * hidden_size), normed = room<T>(at.rows * hidden_size);
+#pragma omp parallel
+    {
+        for (Index i = 0; i < model->count; i++) {
+            const Layer &layer = model->layers[i];
+#pragma omp for
+            for (Index row = 0; row < at.rows; row++) {
+                const Part &part = given[at.parts[row]];
+                T *own = hidden.get() + row * hidden_size, *added = i ? delta.get() + row * hidden_size : nullptr;
+                if (!added) std::memcpy(own, static_cast<const T *>(model->table) + part.tokens[at.nodes[row]] * hidden_size, hidden_size * sizeof(T));
+                add_rms_norm_of<T>(
+                    own, added, static_cast<const T *>(layer.input_norm), eps, hidden_size, own, normed.get() + row * hidden_size);
+                for (Index tap = 0; tap < tap_count; tap++)
+                    if (taps[tap] == i)
+                        std::memcpy(
+                            static_cast<T *>(part.features) + (at.nodes[row] * tap_count + tap) * hidden_size, own, hidden_size * sizeof(T));
+            }
+            run_layer(
+                layer, shape, pass, space, normed.get(), hidden.get(), k_cache + i * cache_layer, v_cache + i * cache_layer, delta.get());
+        }
+#pragma omp for
+        for (Index i = 0; i < at.kept_rows; i++) {
+            T *own = hidden.get() + at.kept[i] * hidden_size;
+            add_rms_norm_of<T>(
+                own, delta.get() + at.kept[i] * hidden_size, static_cast<const T *>(model->norm), eps, hidden_size, own,
+                normed.get() + i * hidden_size);
+        }
+        model->lm_head.multiply(normed.get(), at.kept_rows, logits);
     }
 }
 
@@ -95,45 +180,72 @@ struct Head {
     Index norm_before_residual, norm_output;
 };
 
+template <class T>
+struct HeadRoom {
+    Room<T> layer;
+    std::unique_ptr<T[]> residual, normed, x, delta;
+
+    HeadRoom(const Head &head, const Shape &shape, Index rows)
+        : layer(head.layer, shape, rows), residual(room<T>(rows * shape.hidden)), normed(room<T>(rows * shape.hidden)),
+          x(room<T>(2 * rows * shape.hidden)), delta(room<T>(rows * shape.hidden)) {}
+};
+
 // As Eagle3Head.logits has it; states [batch * rows, hidden], sharpness [batch], null: none.
 template <class T>
-void head_output(const Head &head, const T *states, const T *sharpness, Index batch, Index rows, Index hidden_size, float eps, T *logits) {
-    const Index all = batch * rows;
-    auto output = room<T>(all * hidden_size);
-    if (head.norm_output)
-        std::memcpy(output.get(), states, all * hidden_size * sizeof(T));
-    else
-        add_rms_norm<T>(states, nullptr, static_cast<const T *>(head.norm), eps, all, hidden_size, nullptr, output.get());
-    for (Index i = 0; sharpness && i < all * hidden_size; i++) write(output.get() + i, read(output[i]) * read(sharpness[i / hidden_size / rows]));
-    head.lm_head.multiply(output.get(), all, logits);
+void head_output(
+    const Head &head, const Shape &shape, const HeadRoom<T> &room, const T *states, const T *sharpness, Index batch, Index rows, T *logits) {
+    const Index hidden = shape.hidden;
+#pragma omp for
+    for (Index row = 0; row < batch * rows; row++) {
+        T *out = room.normed.get() + row * hidden;
+        if (head.norm_output)
+            std::memcpy(out, states + row * hidden, hidden * sizeof(T));
+        else
+            add_rms_norm_of<T>(states + row * hidden, nullptr, static_cast<const T *>(head.norm), shape.eps, hidden, nullptr, out);
+        for (Index i = 0; sharpness && i < hidden; i++) write(out + i, read(out[i]) * read(sharpness[row / rows]));
+    }
+    head.lm_head.multiply(room.normed.get(), batch * rows, logits);
 }
 
-// As Eagle3Head.forward and .logits have it, of ``rows`` rows for each request; table: embeddings; shift [batch, hidden] and sharpness
-// [batch] of a request, null: none; logits null: not wanted. hidden [batch * rows, hidden]: the states before, and then those of these rows.
+// As Eagle3Head.forward has it, of ``rows`` rows for each request; shift [batch, hidden], null: none. hidden [batch * rows, hidden]: the
+// states before, and then those of these rows.
+template <class T>
+void head_states(
+    const Head &head, const Shape &shape, const Pass<T> &pass, const HeadRoom<T> &room, const T *table, const Index *tokens, const T *shift,
+    Index rows, T *k_cache, T *v_cache, T *hidden) {
+    const Index size = shape.hidden;
+#pragma omp for
+    for (Index row = 0; row < pass.rows; row++) {
+        T *residual = room.residual.get() + row * size, *x = room.x.get() + 2 * row * size, *before = hidden + row * size;
+        add_rms_norm_of<T>(
+            table + tokens[row] * size, nullptr, static_cast<const T *>(head.layer.input_norm), shape.eps, size, nullptr, x);
+        add_rms_norm_of<T>(before, nullptr, static_cast<const T *>(head.hidden_norm), shape.eps, size, nullptr, x + size);
+        std::memcpy(residual, head.norm_before_residual ? x + size : before, size * sizeof(T));
+        for (Index i = 0; shift && i < size; i++) write(residual + i, read(residual[i]) + read(shift[row / rows * size + i]));
+    }
+    run_layer(head.layer, shape, pass, room.layer, room.x.get(), room.residual.get(), k_cache, v_cache, room.delta.get());
+#pragma omp for
+    for (Index row = 0; row < pass.rows; row++) {
+        T *residual = room.residual.get() + row * size, *normed = room.normed.get() + row * size;
+        add_rms_norm_of<T>(
+            residual, room.delta.get() + row * size, static_cast<const T *>(head.norm), shape.eps, size, residual, normed);
+        std::memcpy(hidden + row * size, head.norm_output ? normed : residual, size * sizeof(T));
+    }
+}
+
+// As Eagle3Head.forward and .logits have it, of one row for each request; table: embeddings; logits null: not wanted.
 template <class T>
 void head_rows(
     const Head *head, const Layout *layout, const T *table, const Index *tokens, const T *cos, const T *sin, const Index *slots,
     const T *shift, const T *sharpness, T *k_cache, T *v_cache, Index batch, Index rows, Index hidden_size, Index heads, Index kv_heads,
     Index size, float scale, float eps, T *hidden, T *logits) {
-    const Index all = batch * rows, first = 0;
-    const Pass<T> pass{all, hidden_size, heads, kv_heads, size, scale, eps, cos, sin, slots, nullptr, layout, &first, 1};
-    auto residual = room<T>(all * hidden_size), normed = room<T>(all * hidden_size), x = room<T>(2 * all * hidden_size);
-    auto norm = [&](const T *from, const T *more, const void *weight, T *total) {
-        add_rms_norm(from, more, static_cast<const T *>(weight), eps, all, hidden_size, total, normed.get());
-    };
-    auto beside = [&](Index half) {
-        for (Index row = 0; row < all; row++)
-            std::memcpy(x.get() + (2 * row + half) * hidden_size, normed.get() + row * hidden_size, hidden_size * sizeof(T));
-    };
-    for (Index row = 0; row < all; row++)
-        std::memcpy(residual.get() + row * hidden_size, table + tokens[row] * hidden_size, hidden_size * sizeof(T));
-    norm(residual.get(), nullptr, head->layer.input_norm, nullptr), beside(0);
-    norm(hidden, nullptr, head->hidden_norm, nullptr), beside(1);
-    std::memcpy(residual.get(), head->norm_before_residual ? normed.get() : hidden, all * hidden_size * sizeof(T));
-    for (Index i = 0; shift && i < all * hidden_size; i++)
-        write(residual.get() + i, read(residual[i]) + read(shift[i / hidden_size / rows * hidden_size + i % hidden_size]));
-    run_layer(head->layer, pass, x.get(), residual.get(), k_cache, v_cache, hidden);  // hidden: what is to be added
-    norm(residual.get(), hidden, head->norm, residual.get());
-    std::memcpy(hidden, head->norm_output ? normed.get() : residual.get(), all * hidden_size * sizeof(T));
-    if (logits) head_output(*head, hidden, sharpness, batch, rows, hidden_size, eps, logits);
+    const Shape shape{hidden_size, heads, kv_heads, size, scale, eps};
+    const Index first = 0;
+    const Pass<T> pass{batch * rows, cos, sin, nullptr, slots, layout, &first, 1};
+    const HeadRoom<T> space(*head, shape, batch * rows);
+#pragma omp parallel
+    {
+        head_states(*head, shape, pass, space, table, tokens, shift, rows, k_cache, v_cache, hidden);
+        if (logits) head_output(*head, shape, space, hidden, sharpness, batch, rows, logits);
+    }
 }

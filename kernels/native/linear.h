@@ -18,7 +18,7 @@ inline const float *floats(const Bfloat16 *) { return nullptr; }
 
 // Each weight is read once, and multiplied with all rows while it is in a register. Weights lie in panels of PANEL outputs,
 // [outputs / PANEL, size, PANEL], so that a thread reads memory in order.
-constexpr Index PANEL = 32, BLOCK = 64, FEW_ROWS = 16;
+constexpr Index PANEL = 32, FEW_ROWS = 16;
 constexpr Index FAR = 2 << 20;  // bytes of a matrix that is not expected in a cache
 constexpr Index AHEAD = 4096;  // bytes by which weights are fetched ahead, into the second-level cache
 
@@ -47,9 +47,9 @@ inline void store(Bfloat16 *out, const Vector (&values)[2], Index count) {
     for (Index i = 0; i < count; i++) write(out + i, each[i]);
 }
 
-// ``rows`` has the COUNT rows side by side, [size, COUNT]. Few rows wait for memory, which is read faster at several places at once.
+// Few rows wait for memory, which is read faster at several places at once.
 template <int STREAMS, int COUNT, class T, class W>
-void multiply(const float *rows, const W *weights, const float *scale, const float *bias, Index size, Index outputs, T *out, Index out_row) {
+void multiply(const float *x, const W *weights, const float *scale, const float *bias, Index size, Index outputs, T *out, Index out_row) {
     for (Index first = 0; first < std::min(PANEL, outputs); first += 2 * WIDTH, weights += 2 * WIDTH) {
         Vector sums[COUNT][2] = {};
         auto add = [&](Index k) {
@@ -58,8 +58,8 @@ void multiply(const float *rows, const W *weights, const float *scale, const flo
             for (Index byte = 0; byte < 2 * WIDTH * Index(sizeof(W)); byte += LINE)
                 __builtin_prefetch(reinterpret_cast<const char *>(own) + AHEAD + byte, 0, 2);
             for (int i = 0; i < COUNT; i++) {
-                sums[i][0] += rows[k * COUNT + i] * left;
-                sums[i][1] += rows[k * COUNT + i] * right;
+                sums[i][0] += x[i * size + k] * left;
+                sums[i][1] += x[i * size + k] * right;
             }
         };
         Index stream = size / STREAMS;
@@ -91,32 +91,20 @@ void linear(const T *x, const W *panels, const float *scale, const float *bias, 
     constexpr auto streams = multiplications<4, T, W>(std::make_integer_sequence<int, MOST_ROWS>());
     constexpr auto stream = multiplications<1, T, W>(std::make_integer_sequence<int, MOST_ROWS>());
     const auto &run = rows <= FEW_ROWS && size * outputs * Index(sizeof(W)) >= FAR ? streams : stream;
-    Index parts = (rows + MOST_ROWS - 1) / MOST_ROWS, most = (rows + parts - 1) / parts, count = (outputs + PANEL - 1) / PANEL;
-    std::unique_ptr<float[]> memory;
-    const float *turned = floats(x);  // the rows of a part side by side, as a single row is anyway
-    float *copy = nullptr;
-    if (rows > 1 || !turned) {
-        memory.reset(copy = new float[rows * size]);
-        turned = copy;
+    Index parts = (rows + MOST_ROWS - 1) / MOST_ROWS, most = (rows + parts - 1) / parts;
+    const float *own = floats(x);
+    std::unique_ptr<float[]> copy;  // a thread's own, so that nobody waits
+    if (!own) {
+        copy.reset(new float[rows * size]);
+        for (Index i = 0; i < rows * size; i++) copy[i] = read(x[i]);
+        own = copy.get();
     }
-#pragma omp parallel if (rows * size * outputs >= LEAST_WORK)
-    {
-        if (copy) {
 #pragma omp for schedule(static)
-            for (Index block = 0; block < size; block += BLOCK)  // two threads that write to one line would take it from each other
-                for (Index row = 0; row < rows; row++) {
-                    Index part = row / most * most, width = std::min(most, rows - part);
-                    float *to = copy + part * size + row - part;
-                    for (Index k = block; k < std::min(block + BLOCK, size); k++) to[k * width] = read(x[row * size + k]);
-                }
+    for (Index panel = 0; panel < (outputs + PANEL - 1) / PANEL; panel++)
+        for (Index part = 0; part < rows; part += most) {
+            Index n = panel * PANEL;
+            run[std::min(most, rows - part) - 1](
+                own + part * size, panels + n * size, scale ? scale + n : nullptr, bias ? bias + n : nullptr, size, outputs - n,
+                out + part * outputs + n, outputs);
         }
-#pragma omp for schedule(static) nowait
-        for (Index panel = 0; panel < count; panel++)
-            for (Index part = 0; part < rows; part += most) {
-                Index n = panel * PANEL;
-                run[std::min(most, rows - part) - 1](
-                    turned + part * size, panels + n * size, scale ? scale + n : nullptr, bias ? bias + n : nullptr, size,
-                    outputs - n, out + part * outputs + n, outputs);
-            }
-    }
 }

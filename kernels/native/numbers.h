@@ -9,7 +9,7 @@
 using Index = int64_t;
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr Index LINE = 64;  // bytes that memory is read by
-constexpr Index LEAST_WORK = 1 << 15;  // elements or products that are worth waking another thread for
+constexpr Index LEAST_WORK = 1 << 15;  // elements that are worth waking another thread for
 
 #ifdef __AVX512F__
 constexpr int WIDTH = 16, MOST_ROWS = 12;  // floats of a vector; rows whose sums fit into registers, beside weights
@@ -53,3 +53,16 @@ inline float exponential(float x) {
     std::memcpy(&scale, &bits, sizeof scale);
     return x < -87.0f ? 0.0f : sum * scale;
 }
+
+// Most kernels are called by all threads of a team, which share out the work; what one leaves behind is there for all when it returns.
+// This is such a kernel with a team of its own.
+template <auto KERNEL>
+struct Alone;
+
+template <class... ARGUMENTS, void (*KERNEL)(ARGUMENTS...)>
+struct Alone<KERNEL> {
+    static void run(ARGUMENTS... arguments) {
+#pragma omp parallel
+        KERNEL(arguments...);
+    }
+};

@@ -65,34 +65,31 @@ void multiply_tiles(const Bfloat16 *x, const Bfloat16 *panel, Index steps, float
 inline void tile_linear(
     const Bfloat16 *x, const Bfloat16 *panels, const float *, const float *bias, Index rows, Index size, Index outputs, Bfloat16 *out) {
     Index steps = (size + TILE_DEPTH - 1) / TILE_DEPTH, depth = steps * TILE_DEPTH, tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    std::unique_ptr<Bfloat16[]> whole;  // x, filled up with zeros
+    std::unique_ptr<Bfloat16[]> whole;  // x, filled up with zeros: a thread's own, so that nobody waits
     if (rows % TILE_ROWS || size % TILE_DEPTH) {
         whole.reset(new Bfloat16[tiles * TILE_ROWS * depth]());
         for (Index row = 0; row < rows; row++) std::memcpy(whole.get() + row * depth, x + row * size, size * sizeof *x);
         x = whole.get();
     }
-#pragma omp parallel if (rows * size * outputs >= LEAST_WORK)
-    {
-        const TileConfig config;
-        asm volatile("" ::: "memory");  // some compilers do not know that all of the config is read
-        _tile_loadconfig(&config);
-        float sums[2 * TILE_ROWS][PANEL];
-#pragma omp for schedule(static) nowait
-        for (Index panel = 0; panel < (outputs + PANEL - 1) / PANEL; panel++)
-            for (Index first = 0; first < rows; first += 2 * TILE_ROWS) {
-                auto run = rows - first > TILE_ROWS ? multiply_tiles<2> : multiply_tiles<1>;
-                run(x + first * depth, panels + panel * PANEL * depth, steps, sums[0]);
-                Index count = std::min(PANEL, outputs - panel * PANEL);
-                for (Index row = first; row < std::min(rows, first + 2 * TILE_ROWS); row++)
-                    for (Index half = 0; half < count; half += 2 * WIDTH) {
-                        const float *own = sums[row - first] + half, *offset = bias ? bias + panel * PANEL + half : nullptr;
-                        Vector values[2] = {load(own), load(own + WIDTH)};
-                        if (offset) values[0] += load(offset), values[1] += load(offset + WIDTH);
-                        store(out + row * outputs + panel * PANEL + half, values, std::min<Index>(2 * WIDTH, count - half));
-                    }
-            }
-        _tile_release();
-    }
+    const TileConfig config;
+    asm volatile("" ::: "memory");  // some compilers do not know that all of the config is read
+    _tile_loadconfig(&config);
+    float sums[2 * TILE_ROWS][PANEL];
+#pragma omp for schedule(static)
+    for (Index panel = 0; panel < (outputs + PANEL - 1) / PANEL; panel++)
+        for (Index first = 0; first < rows; first += 2 * TILE_ROWS) {
+            auto run = rows - first > TILE_ROWS ? multiply_tiles<2> : multiply_tiles<1>;
+            run(x + first * depth, panels + panel * PANEL * depth, steps, sums[0]);
+            Index count = std::min(PANEL, outputs - panel * PANEL);
+            for (Index row = first; row < std::min(rows, first + 2 * TILE_ROWS); row++)
+                for (Index half = 0; half < count; half += 2 * WIDTH) {
+                    const float *own = sums[row - first] + half, *offset = bias ? bias + panel * PANEL + half : nullptr;
+                    Vector values[2] = {load(own), load(own + WIDTH)};
+                    if (offset) values[0] += load(offset), values[1] += load(offset + WIDTH);
+                    store(out + row * outputs + panel * PANEL + half, values, std::min<Index>(2 * WIDTH, count - half));
+                }
+        }
+    _tile_release();
 }
 #else
 inline bool has_tiles() { return false; }

@@ -61,7 +61,7 @@ void draft_level(
     const float *parent_scores, Index batch, Index rows, Index vocab, Index topk, float *scores, Index *tokens, float *best_scores,
     Index *best, Index *best_rows, Index *best_tokens) {
     constexpr Index PART = 64;
-#pragma omp parallel for if (batch * rows * vocab >= LEAST_WORK)
+#pragma omp for
     for (Index line = 0; line < batch * rows; line++) {
         Index b = line / rows, parts = (vocab + PART - 1) / PART;
         std::unique_ptr<float[]> x(new float[parts * PART]), top(new float[parts]);
@@ -96,6 +96,7 @@ void draft_level(
             if (target_ids) ids[k] = target_ids[ids[k]];
         }
     }
+#pragma omp for
     for (Index b = 0; b < batch; b++) {
         float *values = best_scores + b * topk;
         Index *places = best + b * topk, first = b * rows * topk;

@@ -54,7 +54,7 @@ __attribute__((noinline)) inline void noise_of(Index seed, Index position, Index
 }
 
 inline void gumbel_noise(const Index *seeds, const Index *positions, Index rows, Index vocab, float *out) {
-#pragma omp parallel for collapse(2) if (rows * vocab >= LEAST_WORK)
+#pragma omp for collapse(2)
     for (Index row = 0; row < rows; row++)
         for (Index first = 0; first < vocab; first += TOKENS) {
             float noise[TOKENS];

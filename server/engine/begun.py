@@ -7,8 +7,8 @@ from torch import Tensor
 
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
+from kernels.tree_layout import Rows
 from server.engine.request import Request
-from server.engine.target import Rows
 from server.engine.types import Verdict
 from server.engine.verifications import Proposal
 

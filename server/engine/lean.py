@@ -1,7 +1,6 @@
 """A forward pass of Llama's shape with fewer, larger operations: what transformers' own costs beside the matrix products."""
 
-from functools import partial
-from itertools import accumulate
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,12 +9,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kernels import cpu
-from kernels.cpu_layers import Layer, Layers
+from kernels.cpu_layers import Decoder, Layer
 from kernels.linear import gated_linear, linear
 from kernels.rms_norm import add_rms_norm, rms_norm
 from kernels.rope_store import rope_store
 from kernels.tree_attention import LARGEST_HEAD, reads_in_place
+from kernels.tree_layout import Rows
 from server.engine.cpu_layout import FEW_ROWS, PanelLinear, store_transposed
+from server.engine.kv_cache import PagedTensors
 from server.engine.target import ForwardContext, attend
 
 LEAN = ("llama", "mistral", "qwen2", "qwen3")
@@ -41,15 +42,24 @@ class LeanDecoder(nn.Module):
         self.layers = nn.ModuleList(LeanLayer(layer) for layer in body.layers)
         self._norms = (*(layer.input_layernorm for layer in body.layers), body.norm)  # each reads what the layer before it returns
         self.lm_head = model.get_output_embeddings()
-        self._joined: Layers | None = None
+        self._joined: Decoder | None = None
 
     def join(self) -> None:
-        """On a CPU, run all layers in one call where they have few rows; ``pack_for_trees`` has been here before."""
+        """On a CPU, make the whole pass over few rows in one call; ``pack_for_trees`` has been here before."""
         own: Any = self.layers
         layers = [_joined(layer, norm) for layer, norm in zip(own, self._norms, strict=False)]
         epsilons = {norm.variance_epsilon for norm in (*self._norms, *(layer.mlp_norm for layer in own))}
-        if all(layers) and len(epsilons) == 1 and own[0].head_dim <= LARGEST_HEAD:
-            self._joined = Layers([*filter(None, layers)], own[0].heads, own[0].kv_heads, own[0].head_dim, own[0].scale, *epsilons)
+        if all(layers) and isinstance(self.lm_head, PanelLinear) and len(epsilons) == 1 and own[0].head_dim <= LARGEST_HEAD:
+            self._joined = Decoder(
+                self.embed_tokens.weight, self._cos, self._sin, [*filter(None, layers)], self._norms[-1].weight, self.lm_head.matrix,
+                own[0].heads, own[0].kv_heads, own[0].head_dim, own[0].scale, *epsilons,
+            )  # fmt: skip
+
+    def at_once(self, parts: list[Rows], cache: PagedTensors, taps: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]] | None:
+        """See ``target.Decoder``."""
+        if self._joined is None or not _are_few(parts, self.embed_tokens.weight):
+            return None
+        return self._joined.run(parts, cache.k, cache.v, taps)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, context: ForwardContext, keep: Tensor | None, taps: tuple[int, ...]
@@ -57,16 +67,6 @@ class LeanDecoder(nn.Module):
         """tokens, positions int64 [T] -> logits [T or K, V] of the rows ``keep`` int64 [K], and what the layers ``taps`` read, [T, H]."""
         hidden = F.embedding(tokens, self.embed_tokens.weight)
         cos, sin = self._cos.index_select(0, positions), self._sin.index_select(0, positions)
-        run = partial(_together, self._joined) if self._joined and _are_few(hidden, context) else self._one_by_one
-        hidden, delta, read = run(hidden, cos, sin, context, taps)
-        if keep is not None:
-            hidden, delta = hidden[keep], delta[keep]
-        return linear(self.lm_head, _add_norm(hidden, delta, self._norms[-1])[1]), read
-
-    def _one_by_one(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, taps: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """hidden [T, H] through all layers -> two [T, H], whose sum is their output, and what the layers ``taps`` read."""
         delta: Any = None
         read = {}
         for i, (layer, norm) in enumerate(zip(self.layers, self._norms, strict=False)):
@@ -74,7 +74,9 @@ class LeanDecoder(nn.Module):
             if i in taps:
                 read[i] = hidden
             hidden, delta = layer.forward(hidden, normed, cos, sin, context)
-        return hidden, delta, [read[i] for i in taps]
+        if keep is not None:
+            hidden, delta = hidden[keep], delta[keep]
+        return linear(self.lm_head, _add_norm(hidden, delta, self._norms[-1])[1]), [read[i] for i in taps]
 
 
 class LeanLayer(nn.Module):
@@ -117,7 +119,7 @@ class LeanLayer(nn.Module):
 
 
 def _joined(layer: Any, input_norm: Any) -> Layer | None:
-    """A ``LeanLayer`` for ``Layers``, None where it has parts that these have not."""
+    """A ``LeanLayer`` for ``Decoder``, None where it has parts that these have not."""
     matrices = layer.qkv, layer.o_proj, layer.gate_up, layer.down_proj
     if layer.activation is not None or layer.q_norm is not None or not all(isinstance(part, PanelLinear) for part in matrices):
         return None
@@ -125,20 +127,11 @@ def _joined(layer: Any, input_norm: Any) -> Layer | None:
     return Layer(input_norm.weight, qkv, o, layer.mlp_norm.weight, gate_up, down, layer.window)
 
 
-def _are_few(hidden: Tensor, context: ForwardContext) -> bool:
+def _are_few(parts: Sequence[Rows], weight: Tensor) -> bool:
     """Whether our kernels are the fastest for all that such rows need."""
-    few = cpu.serves(hidden) and len(hidden) <= FEW_ROWS[hidden.dtype]
-    return few and all(reads_in_place(part, hidden.dtype) for part in context.parts)
-
-
-def _together(
-    layers: Layers, hidden: Tensor, cos: Tensor, sin: Tensor, context: ForwardContext, taps: tuple[int, ...]
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """``LeanDecoder._one_by_one`` in one call."""
-    counts = [part.depth.numel() if rows is None else len(rows) for part, rows in zip(context.parts, context.rows, strict=True)]
-    firsts = [*accumulate(counts, initial=0)][:-1]
-    cache = context.cache
-    return layers.run(hidden, cos, sin, context.slots, context.live, context.parts, firsts, cache.k, cache.v, taps)
+    count = sum(part.tokens.numel() if part.layout.live is None else len(part.layout.live_rows) for part in parts)
+    few = cpu.serves(weight) and count <= FEW_ROWS[weight.dtype]
+    return few and all(reads_in_place(part.layout, weight.dtype) for part in parts)
 
 
 def _norm(x: Tensor, norm: Any) -> Tensor:

@@ -5,7 +5,7 @@ import logging
 import torch
 from torch import Tensor
 
-from kernels.tree_layout import TreeLayout
+from kernels.tree_layout import Rows, TreeLayout
 from server.engine.ahead import Drafted, Passed
 from server.engine.begun import Begun, First
 from server.engine.budget import Plan
@@ -18,7 +18,7 @@ from server.engine.pool import root_only, widened
 from server.engine.prompts import Computed, Prompts, fit_beside
 from server.engine.proposer import Proposer
 from server.engine.request import Request
-from server.engine.target import Rows, Target
+from server.engine.target import Target
 from server.engine.verifications import FEW_NODES, is_plain
 
 logger = logging.getLogger(__name__)

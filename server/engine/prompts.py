@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kernels.tree_layout import Rows
 from server.engine.batch import causal_chunk
 from server.engine.costs import MAX_TREE_ROWS
 from server.engine.graphs import LEAST_CONTEXT, power_of_two
@@ -12,7 +13,6 @@ from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.logprobs import token_logprobs
 from server.engine.request import Request
-from server.engine.target import Rows
 from server.engine.types import TokenLogprob
 
 PIECE = 16  # rows of a prompt that are an entry of a graph's batch

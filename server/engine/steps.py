@@ -7,6 +7,7 @@ from torch import Tensor
 from kernels.kv_commit import kv_commit
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch
+from kernels.tree_layout import Rows
 from kernels.tree_verify import tree_verify
 from server.engine.ahead import Drafted, Passed
 from server.engine.batch import placed
@@ -23,7 +24,7 @@ from server.engine.pool import root_only
 from server.engine.prompts import Computed, Prompts, extend, fit_beside, prompt_rows
 from server.engine.proposer import Proposer
 from server.engine.request import Request
-from server.engine.target import Rows, Target, spread
+from server.engine.target import Target, spread
 from server.engine.types import RequestOutput, StepStats, Tree, Verdict
 from server.engine.verifications import Proposal, Verification, Verifications, is_plain
 

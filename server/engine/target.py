@@ -1,9 +1,8 @@
 """Any transformers decoder over the paged cache: one forward pass for all new rows of all requests."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from drafts.eagle3 import feature_layers
 from kernels.tree_attention import tree_attention
-from kernels.tree_layout import TreeLayout
+from kernels.tree_layout import Rows, TreeLayout
 from kernels.tree_mask import tree_mask
 from server.engine.config import EngineError
 from server.engine.graphs import LEAST_CONTEXT, Graphs, graph_context
@@ -24,14 +23,6 @@ SUPPORTED = (
 """Model types compared with eager attention on trees, with and without a committed prefix (tests/engine)."""
 SHORT_NODES, SHORT_CONTEXT = 8, 256  # of trees, and the context that these are recorded for beside LEAST_CONTEXT
 PROMPT_CONTEXT = 4096  # of a prompt's graph at least: few are longer, and what is not there costs next to nothing
-
-
-class Rows(NamedTuple):
-    """New rows of some requests in one forward pass; their K and V go to the layout's slots."""
-
-    tokens: Tensor  # int64 [B, N]
-    layout: TreeLayout
-    keep: Tensor | None = None  # the flat rows int64 [K], ascending and live, whose logits are wanted; None: all
 
 
 @dataclass
@@ -115,8 +106,15 @@ def _own_config(model: PreTrainedModel) -> None:
             module.config = own
 
 
-Decoder = Callable[[Tensor, Tensor, ForwardContext, Tensor | None, tuple[int, ...]], tuple[Tensor, list[Tensor]]]
-"""A forward pass as ``LeanDecoder.forward`` is."""
+class Decoder(Protocol):
+    """A forward pass as ``LeanDecoder`` is."""
+
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, context: ForwardContext, keep: Tensor | None, taps: tuple[int, ...]
+    ) -> tuple[Tensor, list[Tensor]]: ...
+
+    def at_once(self, parts: list[Rows], cache: PagedTensors, taps: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]] | None:
+        """``Target.forward_parts``, with the logits of live rows alone; None where that is not possible."""
 
 
 class Target:
@@ -239,6 +237,8 @@ class Target:
         return self._pass([Rows(tokens, layout, keep)], cache)[0]
 
     def _pass(self, parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
+        if self.decoder is not None and (at_once := self.decoder.at_once(parts, cache, self.taps)) is not None:
+            return [(_all_logits(part, logits), features) for part, (logits, features) in zip(parts, at_once, strict=True)]
         rows = [_computed(part.layout) for part in parts]
         tokens, positions, slots = (
             _picked([part.tokens for part in parts], rows),
@@ -338,6 +338,12 @@ def _kept(parts: list[Rows], rows: list[Tensor | None]) -> tuple[Tensor | None, 
         first += count
     everything = all(part.keep is None for part in parts)
     return None if everything else torch.cat(kept), [len(own) for own in kept]
+
+
+def _all_logits(part: Rows, logits: Tensor) -> Tensor:
+    """With zeros at rows that are not live, if those of all rows are wanted."""
+    everywhere = part.keep is None and part.layout.live is not None
+    return spread(logits, part.tokens.numel(), part.layout.live_rows) if everywhere else logits
 
 
 def spread(values: Tensor, size: int, rows: Tensor | None) -> Tensor:

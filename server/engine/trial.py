@@ -7,7 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from drafts.eagle3 import Eagle3Head
-from kernels.tree_layout import TreeLayout
+from kernels.tree_layout import Rows, TreeLayout
 from server.engine.budget import LoadRule, default_acceptance
 from server.engine.config import EngineConfig
 from server.engine.costs import StepCost, cost_of_trees, kept_costs, machine, measure_costs, measure_trees, tree_shapes
@@ -19,7 +19,7 @@ from server.engine.ngram import FullDrafts
 from server.engine.prompts import PIECE, most_entries
 from server.engine.scheduler import GPU_PREFILL_ROWS
 from server.engine.steps import Steps
-from server.engine.target import SHORT_CONTEXT, SHORT_NODES, Rows, Target
+from server.engine.target import SHORT_CONTEXT, SHORT_NODES, Target
 from server.engine.types import SamplingParams
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from kernels.noise import Noise
 from kernels.sampling import SamplingBatch, has_kernel
-from kernels.tree_layout import TreeLayout
+from kernels.tree_layout import Rows, TreeLayout
 from server.engine.ahead import Drafted, Passed
 from server.engine.batch import Placed, placed
 from server.engine.budget import Plan
@@ -17,7 +17,6 @@ from server.engine.pool import root_only, stacked, widened
 from server.engine.proposer import Proposer
 from server.engine.request import Request
 from server.engine.sampling import batch_noise, batch_options
-from server.engine.target import Rows
 from server.engine.types import Tree
 
 FEW_NODES = 8  # of a tree, which the head fills by itself: the target need not wait for what the host finds in texts

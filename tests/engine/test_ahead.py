@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.tree_layout import Rows
 from server.engine import engine as engine_module
 from server.engine.ahead import Passed
 from server.engine.costs import MAX_TREE_ROWS
@@ -16,7 +17,7 @@ from server.engine.drafter import Grown
 from server.engine.engine import Engine
 from server.engine.kv_cache import PagedTensors
 from server.engine.request import Request
-from server.engine.target import Rows, Target
+from server.engine.target import Target
 from server.engine.types import SamplingParams, Tree
 from server.engine.verifications import Proposal, Verification
 from tests.engine.engines import Result, Run, run

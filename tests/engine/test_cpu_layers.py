@@ -1,4 +1,4 @@
-"""Whole layers, and whole drafts, in one call on a CPU: to the last bit what their parts make one after the other."""
+"""Whole passes, and whole drafts, in one call on a CPU: to the last bit what their parts make one after the other."""
 
 from typing import Any
 
@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from kernels import cpu
+from kernels.tree_layout import Rows, TreeLayout
 from server.engine.cpu_layout import pack_for_trees, quantize_draft
 from server.engine.drafter import Drafter, Grown
 from server.engine.engine import Engine
+from server.engine.kv_cache import PagedTensors
 from server.engine.lean import LeanDecoder
 from server.engine.types import SamplingParams
 from tests.engine.engines import build, random_head, run, tiny_model
@@ -63,30 +65,56 @@ def serve(engine: Engine) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
-def test_layers(model_type: str, dtype: torch.dtype) -> None:
+def test_passes(model_type: str, dtype: torch.dtype) -> None:
     """With a window, with biases; prompts and trees of different sizes in one pass, and features for a head."""
     model = tiny_model(model_type).to(dtype)
     engine = build(model, random_head(model).to(dtype), decoder=packed, tree_nodes=8, max_num_seqs=4)
-    decoder = engine.steps.target.decoder
+    target = engine.steps.target
+    decoder, counts = target.decoder, list[int]()
     assert isinstance(decoder, LeanDecoder)
-    joined, parts = decoder._joined, list[int]()
+    joined, forward_parts = decoder._joined, target.forward_parts
     assert joined is not None
 
-    def both(tokens: Tensor, positions: Tensor, context: Any, keep: Tensor | None, taps: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
-        logits, read = decoder.forward(tokens, positions, context, keep, taps)
+    def both(parts: list[Rows], cache: PagedTensors) -> list[tuple[Tensor, Tensor | None]]:
+        found = forward_parts(parts, cache)
+        keys = cache.k.clone()
         decoder._joined = None
-        expected, expected_read = decoder.forward(tokens, positions, context, keep, taps)
+        expected = forward_parts(parts, cache)
         decoder._joined = joined
-        assert torch.equal(logits, expected)
-        assert len(read) == len(expected_read) == 3
-        assert all(map(torch.equal, read, expected_read))
-        parts.append(len(context.parts))
-        return logits, read
+        assert torch.equal(cache.k[:, 1:], keys[:, 1:])  # what is padding goes to the first block
+        for (logits, features), (expected_logits, expected_features) in zip(found, expected, strict=True):
+            assert features is not None
+            assert expected_features is not None
+            assert torch.equal(logits, expected_logits)
+            assert torch.equal(features, expected_features)
+        counts.append(len(parts))
+        return found
 
-    engine.steps.target.decoder = both
+    target.forward_parts = both  # type: ignore[method-assign]
     serve(engine)
-    assert max(parts) == 2
-    assert len(parts) > 12
+    assert max(counts) == 2
+    assert len(counts) > 12
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_rows_that_are_not_live(everything: bool) -> None:
+    """What is asked of prompts of different lengths: their last logits, or all."""
+    model = tiny_model("llama")
+    target = build(model, random_head(model), decoder=packed, max_num_seqs=4).steps.target
+    decoder, cache = target.decoder, target.new_cache(8, 16)
+    assert isinstance(decoder, LeanDecoder)
+    live = torch.tensor([[True, True, True, True], [True, False, False, False], [True, True, False, False]])
+    layout = TreeLayout(torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([0, 15, 2]), torch.arange(4).expand(3, -1), None, live, 16, 15)
+    rows = Rows(torch.arange(12).view(3, 4), layout, None if everything else torch.tensor([3, 4, 9]))
+    with torch.inference_mode():
+        (logits, features), *_ = target.forward_parts([rows], cache)
+        decoder._joined = None
+        (expected, expected_features), *_ = target.forward_parts([rows], cache)
+    assert features is not None
+    assert expected_features is not None
+    assert torch.equal(logits, expected)
+    assert torch.equal(features, expected_features)
+    assert (len(logits), int((logits == 0).all(1).sum())) == ((12, 5) if everything else (3, 0))
 
 
 @pytest.mark.parametrize("model_type", ["qwen3"])

@@ -8,12 +8,12 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kernels.tree_layout import Rows
 from server.engine.budget import Plan
 from server.engine.config import EngineError
 from server.engine.engine import Engine
 from server.engine.kv_cache import PagedTensors
 from server.engine.request import Request
-from server.engine.target import Rows
 from server.engine.types import SamplingParams
 from tests.engine.engines import POISON, Run, build, byte_tokenizer, poisoned_model, random_head, run, tiny_model
 from tests.engine.guided import Guide

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kernels.tree_layout import TreeLayout
+from kernels.tree_layout import Rows, TreeLayout
 from kernels.tree_mask import tree_mask
 from server.engine.kv_cache import PagedTensors
 from server.engine.lean import LeanDecoder
-from server.engine.target import Rows, Target
+from server.engine.target import Target
 from tests.engine.engines import tiny_model
 
 BLOCK, CONTEXT = 4, 6

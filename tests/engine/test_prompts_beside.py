@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.tree_layout import TreeLayout
+from kernels.tree_layout import Rows, TreeLayout
 from kernels.tree_mask import tree_mask
 from server.engine import engine as engine_module
 from server.engine.ahead import Passed
@@ -14,7 +14,7 @@ from server.engine.engine import Engine
 from server.engine.graphs import Graphs, in_eighths, in_halves
 from server.engine.lean import LeanDecoder
 from server.engine.prompts import BESIDE, LEAST_ROWS, PIECE, fit_beside
-from server.engine.target import Rows, Target
+from server.engine.target import Target
 from server.engine.types import SamplingParams
 from tests.engine.engines import Run, run, tiny_model
 from tests.engine.recorder import KINDS, Recorded
