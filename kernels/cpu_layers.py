@@ -97,16 +97,16 @@ class HeadRows:
 
     def run(
         self, table: Tensor, tokens: Tensor, hidden: Tensor, angles: Tensor, slots: Tensor, layout: TreeLayout, shift: Tensor | None,
-        sharpness: Tensor | None, k_cache: Tensor, v_cache: Tensor, logits: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The states of drafted rows, [B, N, H], and their logits [B, N, Vd], if wanted. ``layout`` may have them as rows of other batches.
+        sharpness: Tensor | None, k_cache: Tensor, v_cache: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The states of drafted rows, [B, N, H], and their logits [B, N, Vd].
 
         table [V, H]: embeddings of tokens; tokens int64 [B, N]; hidden [B, N, H]: the states before; angles [2, B, N, 1, D], slots int64
         [B, N]; shift [B, 1, H] and sharpness [B, 1, 1], None: none.
         """
         _check(table, hidden)
         hidden = hidden.contiguous().clone()
-        out = hidden.new_empty(*tokens.shape, self.head.lm_head.outputs) if logits else None
+        out = hidden.new_empty(*tokens.shape, self.head.lm_head.outputs)
         cos, sin = angles.contiguous()
         cpu.launch(
             "head_rows", hidden.dtype, self.words, layout.words.own, table, tokens.contiguous(), cos, sin, slots.contiguous(),
@@ -115,20 +115,37 @@ class HeadRows:
         )  # fmt: skip
         return hidden, out
 
+    def catch_up(
+        self, table: Tensor, hidden: Tensor, tokens: Tensor, angles: Tensor, rows: Tensor, starts: Tensor, ends: Tensor, tables: Tensor,
+        block_size: int, shift: Tensor | None, k_cache: Tensor, v_cache: Tensor, state: Tensor,
+    ) -> None:  # fmt: skip
+        """Write the draft rows ``starts`` .. ``ends`` of requests with ``rows`` of the block ``tables``, int64 [B] each, and to ``state``
+        [1 + rows, H] what the last one of each returns. hidden [M, H]: what the features of all these rows combine to, one request's
+        after the other's; tokens int64 [M]: the one after each. The others as in ``grow``.
+        """
+        _check(table, hidden)
+        assert tables.is_contiguous()
+        assert state.is_contiguous()
+        cpu.launch(
+            "catch_up", hidden.dtype, self.words, table, angles, angles.shape[1], hidden.contiguous(), tokens, rows, starts, ends, tables,
+            tables.shape[1], block_size, None if shift is None else shift.contiguous(), len(rows), hidden.shape[1], *self.shape,
+            *self.numbers, k_cache, v_cache, state,
+        )  # fmt: skip
+
     def grow(
         self, table: Tensor, states: Tensor, angles: Tensor, shift: Tensor | None, sharpness: Tensor | None, block_tables: Tensor,
         lengths: Tensor, block_size: int, key: NoiseKey | None, vocab: int, target_ids: Tensor | None, temperature: Tensor | None,
-        sigma: Tensor, start: Tensor, topk: int, prices: tuple[float, float], k_cache: Tensor, v_cache: Tensor,
+        sigma: Tensor, start: Tensor | None, topk: int, prices: tuple[float, float], k_cache: Tensor, v_cache: Tensor,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int]:  # fmt: skip
         """The levels of drafts, as ``Drafter._levels`` makes them: scores, tokens and parents of all nodes [B, D], and how many levels.
 
         states [B, H]: what drafting begins from; angles [2, positions, D]: RoPE's table; ``key``: of the noise over ``vocab`` tokens,
-        None: none; temperature float32 [B]; sigma float32 [levels, B]; start float32 [B]: scores of the roots; ``prices``: of a level and
-        of a node. The others as in ``run`` and ``draft_level``.
+        None: none; temperature float32 [B]; sigma float32 [B, levels]; start float32 [B]: scores of the roots, None: 0; ``prices``: of a
+        level and of a node. The others as in ``run`` and ``draft_level``.
         """
         _check(table, states)
         assert angles.is_contiguous()
-        levels, batch = sigma.shape
+        batch, levels = sigma.shape
         drafted = self.head.lm_head.outputs
         own = None if key is None else NoiseKey(*(part.contiguous() for part in key))
         parts = [

@@ -235,7 +235,7 @@ def draft_level_cpu(
     drawn = None if noise is None else noise.at(depth)
     cpu.launch(
         "draft_level", logits.dtype, logits.contiguous(), options.temperature, drawn, 0 if drawn is None else drawn.stride(0),
-        sigma.contiguous(), target_ids, scores.contiguous(), batch, rows, vocab, topk, *level,
+        sigma.contiguous(), 1, target_ids, scores.contiguous(), batch, rows, vocab, topk, *level,
     )  # fmt: skip
     return level
 

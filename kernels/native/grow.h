@@ -12,7 +12,7 @@ struct Draft {
     const T *table, *angles, *shift, *sharpness;
     const Index *tables, *lengths, *target_ids, *seeds, *positions;
     const bool *sampled;
-    const float *temperature, *sigma, *start;  // sigma [levels, batch]; start: the roots' scores
+    const float *temperature, *sigma, *start;  // sigma [batch, levels]; start: the roots' scores, null: 0
     Index batch, table_row, table_size, block_size, angle_rows, vocab, draft_vocab, topk, levels;
     double level_price, node_price;
 };
@@ -99,8 +99,8 @@ void grow(
         head_output(*head, shape, space, hidden.get(), own.sharpness, batch, rows, logits.get());
         if (own.seeds) draw(own, depth, places.get(), noise.get());
         draft_level(
-            logits.get(), own.temperature, own.seeds ? noise.get() : nullptr, own.vocab, own.sigma + depth * batch, own.target_ids,
-            depth ? above.get() : own.start, batch, rows, own.draft_vocab, topk, level.get(), level_tokens.get(), best_scores.get(),
+            logits.get(), own.temperature, own.seeds ? noise.get() : nullptr, own.vocab, own.sigma + depth, own.levels, own.target_ids,
+            depth || !own.start ? above.get() : own.start, batch, rows, own.draft_vocab, topk, level.get(), level_tokens.get(), best_scores.get(),
             best.get(), sources.get(), best_tokens.get());
 #pragma omp single
         {

@@ -29,6 +29,7 @@ extern "C" __attribute__((visibility("default"))) void *kernel(const char *name)
         ALONE_FOR_BOTH(tree_attention),
         FOR_BOTH(decode),
         FOR_BOTH(head_rows),
+        FOR_BOTH(catch_up),
         FOR_BOTH(grow),
         FOR_BOTH(kv_commit),
         FOR_BOTH(tree_verify),

@@ -63,26 +63,40 @@ struct Pass {
     Index part_count;
 };
 
-// x: what qkv reads; residual gets what attention adds, and delta what is to be added to it then.
+// x: what qkv reads; keys and values come to the caches, queries to the room.
 template <class T>
-void run_layer(
-    const Layer &own, const Shape &shape, const Pass<T> &pass, const Room<T> &room, const T *x, T *residual, T *k_cache, T *v_cache, T *delta) {
-    const Index rows = pass.rows, all = own.qkv.outputs, width = own.o.size;
-    own.qkv.multiply(x, rows, room.qkv.get());
+void project(const Layer &own, const Shape &shape, const Pass<T> &pass, const Room<T> &room, const T *x, T *k_cache, T *v_cache) {
+    const Index all = own.qkv.outputs;
+    own.qkv.multiply(x, pass.rows, room.qkv.get());
     rope_store<T>(
-        room.qkv.get(), all, room.qkv.get() + width + shape.kv_heads * shape.size, all, pass.cos, pass.sin, pass.places, pass.slots,
-        nullptr, rows, shape.heads, shape.kv_heads, shape.size, k_cache, v_cache, room.q.get());
-    for (Index part = 0; part < pass.part_count; part++) {
-        const Index first = pass.firsts[part] * width;
+        room.qkv.get(), all, room.qkv.get() + own.o.size + shape.kv_heads * shape.size, all, pass.cos, pass.sin, pass.places, pass.slots,
+        nullptr, pass.rows, shape.heads, shape.kv_heads, shape.size, k_cache, v_cache, room.q.get());
+}
+
+// From the queries of rows on: residual gets what attention adds, and delta what is to be added to it then.
+template <class T>
+void attend_and_gate(
+    const Layer &own, const Shape &shape, const Layout *parts, const Index *firsts, Index part_count, Index rows, const Room<T> &room,
+    T *residual, const T *k_cache, const T *v_cache, T *delta) {
+    for (Index part = 0; part < part_count; part++) {
+        const Index width = own.o.size, first = firsts[part] * width;
         tree_attention(
-            room.q.get() + first, pass.parts[part].rows * width, width, shape.size, k_cache, v_cache, pass.parts + part, own.window,
-            shape.heads, shape.kv_heads, shape.size, shape.scale, room.attended.get() + first);
+            room.q.get() + first, parts[part].rows * width, width, shape.size, k_cache, v_cache, parts + part, own.window, shape.heads,
+            shape.kv_heads, shape.size, shape.scale, room.attended.get() + first);
     }
     own.o.multiply(room.attended.get(), rows, delta);
     add_rms_norm(residual, delta, static_cast<const T *>(own.norm), shape.eps, rows, shape.hidden, residual, room.normed.get());
     own.gate_up.multiply(room.normed.get(), rows, room.gate_up.get());
     gated_silu(room.gate_up.get(), rows, own.down.size, room.gated.get());
     own.down.multiply(room.gated.get(), rows, delta);
+}
+
+// Both.
+template <class T>
+void run_layer(
+    const Layer &own, const Shape &shape, const Pass<T> &pass, const Room<T> &room, const T *x, T *residual, T *k_cache, T *v_cache, T *delta) {
+    project(own, shape, pass, room, x, k_cache, v_cache);
+    attend_and_gate(own, shape, pass.parts, pass.firsts, pass.part_count, pass.rows, room, residual, k_cache, v_cache, delta);
 }
 
 // A model; table: its embeddings; cos, sin [angles, size].
@@ -207,6 +221,29 @@ void head_output(
     head.lm_head.multiply(room.normed.get(), batch * rows, logits);
 }
 
+// What a head's layer reads of a row: embeddings [hidden] and the states before, normed, side by side.
+template <class T>
+void beside(const Head &head, const Shape &shape, const T *embeddings, const T *before, T *x) {
+    const Index size = shape.hidden;
+    add_rms_norm_of<T>(embeddings, nullptr, static_cast<const T *>(head.layer.input_norm), shape.eps, size, nullptr, x);
+    add_rms_norm_of<T>(before, nullptr, static_cast<const T *>(head.hidden_norm), shape.eps, size, nullptr, x + size);
+}
+
+// What attention adds to.
+template <class T>
+void begin_residual(const Head &head, const Shape &shape, const T *before, const T *x, const T *shift, T *residual) {
+    const Index size = shape.hidden;
+    std::memcpy(residual, head.norm_before_residual ? x + size : before, size * sizeof(T));
+    for (Index i = 0; shift && i < size; i++) write(residual + i, read(residual[i]) + read(shift[i]));
+}
+
+// The state of a row, of what attention and the gate have left behind.
+template <class T>
+void end_state(const Head &head, const Shape &shape, T *residual, const T *delta, T *normed, T *state) {
+    add_rms_norm_of<T>(residual, delta, static_cast<const T *>(head.norm), shape.eps, shape.hidden, residual, normed);
+    std::memcpy(state, head.norm_output ? normed : residual, shape.hidden * sizeof(T));
+}
+
 // As Eagle3Head.forward has it, of ``rows`` rows for each request; shift [batch, hidden], null: none. hidden [batch * rows, hidden]: the
 // states before, and then those of these rows.
 template <class T>
@@ -216,24 +253,18 @@ void head_states(
     const Index size = shape.hidden;
 #pragma omp for
     for (Index row = 0; row < pass.rows; row++) {
-        T *residual = room.residual.get() + row * size, *x = room.x.get() + 2 * row * size, *before = hidden + row * size;
-        add_rms_norm_of<T>(
-            table + tokens[row] * size, nullptr, static_cast<const T *>(head.layer.input_norm), shape.eps, size, nullptr, x);
-        add_rms_norm_of<T>(before, nullptr, static_cast<const T *>(head.hidden_norm), shape.eps, size, nullptr, x + size);
-        std::memcpy(residual, head.norm_before_residual ? x + size : before, size * sizeof(T));
-        for (Index i = 0; shift && i < size; i++) write(residual + i, read(residual[i]) + read(shift[row / rows * size + i]));
+        T *before = hidden + row * size, *x = room.x.get() + 2 * row * size;
+        beside(head, shape, table + tokens[row] * size, before, x);
+        begin_residual(head, shape, before, x, shift ? shift + row / rows * size : nullptr, room.residual.get() + row * size);
     }
     run_layer(head.layer, shape, pass, room.layer, room.x.get(), room.residual.get(), k_cache, v_cache, room.delta.get());
 #pragma omp for
-    for (Index row = 0; row < pass.rows; row++) {
-        T *residual = room.residual.get() + row * size, *normed = room.normed.get() + row * size;
-        add_rms_norm_of<T>(
-            residual, room.delta.get() + row * size, static_cast<const T *>(head.norm), shape.eps, size, residual, normed);
-        std::memcpy(hidden + row * size, head.norm_output ? normed : residual, size * sizeof(T));
-    }
+    for (Index row = 0; row < pass.rows; row++)
+        end_state(
+            head, shape, room.residual.get() + row * size, room.delta.get() + row * size, room.normed.get() + row * size, hidden + row * size);
 }
 
-// As Eagle3Head.forward and .logits have it, of one row for each request; table: embeddings; logits null: not wanted.
+// As Eagle3Head.forward and .logits have it, of ``rows`` rows for each request; table: embeddings.
 template <class T>
 void head_rows(
     const Head *head, const Layout *layout, const T *table, const Index *tokens, const T *cos, const T *sin, const Index *slots,
@@ -246,6 +277,54 @@ void head_rows(
 #pragma omp parallel
     {
         head_states(*head, shape, pass, space, table, tokens, shift, rows, k_cache, v_cache, hidden);
-        if (logits) head_output(*head, shape, space, hidden, sharpness, batch, rows, logits);
+        head_output(*head, shape, space, hidden, sharpness, batch, rows, logits);
+    }
+}
+
+// Rows of the draft that follow what is committed: those of request b, which has row rows[b] of ``tables``, come to logical slots
+// starts[b] .. ends[b], one request's after the other's. hidden [rows, hidden]: what the features combine to; tokens: the one after each.
+// What the last row of each request returns, which alone goes beyond keys and values, comes to row 1 + rows[b] of ``state``.
+template <class T>
+void catch_up(
+    const Head *head, const T *table, const T *angles, Index angle_count, const T *hidden, const Index *tokens, const Index *rows,
+    const Index *starts, const Index *ends, const Index *tables, Index table_size, Index block_size, const T *shift, Index batch,
+    Index hidden_size, Index heads, Index kv_heads, Index size, float scale, float eps, T *k_cache, T *v_cache, T *state) {
+    const Shape shape{hidden_size, heads, kv_heads, size, scale, eps};
+    const Index width = head->layer.o.size, first = 0;
+    auto own_tables = room<Index>(batch * table_size), lengths = room<Index>(batch), last = room<Index>(batch);
+    Index count = 0;
+    for (Index b = 0; b < batch; b++) {
+        std::memcpy(own_tables.get() + b * table_size, tables + rows[b] * table_size, table_size * sizeof(Index));
+        lengths[b] = ends[b] - 1, count += ends[b] - starts[b], last[b] = count - 1;
+    }
+    const auto zeros = std::unique_ptr<Index[]>(new Index[batch]());
+    const Layout layout{own_tables.get(), lengths.get(), zeros.get(), nullptr, nullptr, nullptr, nullptr, table_size, table_size, 1, 1, batch, 1,
+                        block_size, 0, 0};
+    auto slots = room<Index>(count), places = room<Index>(count);
+    for (Index b = 0, row = 0; b < batch; b++)
+        for (Index slot = starts[b]; slot < ends[b]; slot++, row++)
+            layout.find<1>(b, slot, slots.get() + row), places[row] = std::min(slot, angle_count - 1);
+    const Pass<T> pass{count, angles, angles + angle_count * size, places.get(), slots.get(), &layout, &first, 1};
+    const HeadRoom<T> space(*head, shape, count);
+#pragma omp parallel
+    {
+#pragma omp for
+        for (Index row = 0; row < count; row++)
+            beside(*head, shape, table + tokens[row] * hidden_size, hidden + row * hidden_size, space.x.get() + 2 * row * hidden_size);
+        project(head->layer, shape, pass, space.layer, space.x.get(), k_cache, v_cache);
+#pragma omp single
+        for (Index b = 0; b < batch; b++) {  // of the queries the last ones alone, which come first
+            begin_residual(
+                *head, shape, hidden + last[b] * hidden_size, space.x.get() + 2 * last[b] * hidden_size,
+                shift ? shift + b * hidden_size : nullptr, space.residual.get() + b * hidden_size);
+            std::memmove(space.layer.q.get() + b * width, space.layer.q.get() + last[b] * width, width * sizeof(T));
+        }
+        attend_and_gate(
+            head->layer, shape, &layout, &first, 1, batch, space.layer, space.residual.get(), k_cache, v_cache, space.delta.get());
+#pragma omp for
+        for (Index b = 0; b < batch; b++)
+            end_state(
+                *head, shape, space.residual.get() + b * hidden_size, space.delta.get() + b * hidden_size, space.normed.get() + b * hidden_size,
+                state + (1 + rows[b]) * hidden_size);
     }
 }

@@ -54,10 +54,11 @@ inline Index best_nodes(
     return count;
 }
 
-// As draft_level has it, with temperature as the only option; noise: of the level, that of a request ``noise_row`` after the one before.
+// As draft_level has it, with temperature as the only option; noise, sigma: of the level, those of a request
+// ``noise_row`` and ``sigma_row`` after the one before.
 template <class T>
 void draft_level(
-    const T *logits, const float *temperature, const float *noise, Index noise_row, const float *sigma, const Index *target_ids,
+    const T *logits, const float *temperature, const float *noise, Index noise_row, const float *sigma, Index sigma_row, const Index *target_ids,
     const float *parent_scores, Index batch, Index rows, Index vocab, Index topk, float *scores, Index *tokens, float *best_scores,
     Index *best, Index *best_rows, Index *best_tokens) {
     constexpr Index PART = 64;
@@ -72,7 +73,7 @@ void draft_level(
             for (Index v = 0; v < vocab; v++) x[v] = x[v] / temperature[b];
         for (Index v = 0; v < vocab && drawn; v++) x[v] += drawn[target_ids ? target_ids[v] : v];
         std::fill(x.get() + vocab, x.get() + parts * PART, -INF);
-        float inverse = 1 / sigma[b], highest = -INF, sum = 0;
+        float inverse = 1 / sigma[b * sigma_row], highest = -INF, sum = 0;
         for (Index part = 0; part < parts; part++) {
             float most = -INF;
             for (float *value = x.get() + part * PART, *end = value + PART; value < end; value++) {

@@ -18,21 +18,23 @@ def table_rows(requests: list[Request], device: torch.device) -> Tensor:
 
 class Placed(NamedTuple):
     """Where decoding requests stand, int64 [B]: their rows of the block tables, last committed tokens (the roots of their trees) and
-    committed lengths, and the longest of these.
+    committed lengths, and the longest of these; and those rows, int64 [B, M].
     """
 
     rows: Tensor
     roots: Tensor
     lengths: Tensor
     longest: int
+    tables: Tensor
 
 
-def placed(requests: list[Request], device: torch.device) -> Placed:
+def placed(requests: list[Request], pool: BlockPool) -> Placed:
     lengths = [request.context_len for request in requests]
     rows, roots = [request.row for request in requests], [request.token_ids[-1] for request in requests]
     even = [0] * (len(requests) % 2)  # kernels are compiled anew for tensors that do not begin at multiples of 16 bytes
-    in_order = on_device([rows + even, roots + even, lengths + even], device)[:, : len(requests)]  # in one transfer
-    return Placed(in_order[0], in_order[1], in_order[2], max(lengths))
+    in_order = on_device([rows + even, roots + even, lengths + even], pool.tables.device)[:, : len(requests)]  # in one transfer
+    own_rows, last, committed = in_order.unbind(0)
+    return Placed(own_rows, last, committed, max(lengths), pool.tables.index_select(0, own_rows))
 
 
 def causal_chunk(

@@ -3,12 +3,13 @@
 import logging
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from server.engine.drafter import Drafter
+from server.engine.drafter import Drafter, Told
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.request import Request
@@ -23,6 +24,8 @@ class DraftCache:
 
     def __init__(self, drafter: Drafter, pool: BlockPool) -> None:
         self.drafter, self.pool, self.device = drafter, pool, pool.tables.device
+        # Batches stay as they are for many steps.
+        self._told = lru_cache(maxsize=16)(lambda temperatures: Told(drafter.head, on_device([*temperatures], self.device, torch.float32)))
 
     def sync(self, requests: list[Request]) -> None:
         """Bring the draft cache up to the committed tokens, with the target's true features."""
@@ -40,13 +43,22 @@ class DraftCache:
         """Bring the draft caches up to ``ends``; features: pieces of all rows in order; newest int64 [B]: the tokens at the ends, where the
         host does not know them.
         """
+        if newest is None and self.drafter.catches_up_at_once:
+            starts = [request.draft_len for request in requests]
+            tokens = [
+                token for request, start, end in zip(requests, starts, ends, strict=True) for token in _following(request, start, end)
+            ]
+            rows, first, behind = on_device([[request.row for request in requests], starts, ends], self.device).unbind(0)
+            own = on_device(tokens, self.device)
+            self.drafter.catch_up(torch.cat(features), own, rows, first, behind, self.pool.tables, self.told(requests))
+            return
         entries = self._entries(requests, ends)
         last = [end - 1 for end in accumulate(end - request.draft_len for request, end in zip(requests, ends, strict=True))]
         rows, last_rows, lengths = on_device([[request.row for request in requests], last, ends], self.device)
         following = entries[1] if newest is None else entries[1].index_copy(0, last_rows, newest)
         self.drafter.extend(
             rows + 1, torch.cat(features), following, entries[0], entries[2], last_rows, self.pool.tables[rows], lengths - 1,
-            self.temperature(requests), max(ends) - 1,
+            self.told(requests).temperature, max(ends) - 1,
         )  # fmt: skip
 
     def _entries(self, requests: list[Request], ends: list[int]) -> Tensor:
@@ -55,8 +67,7 @@ class DraftCache:
         for request, end in zip(requests, ends, strict=True):
             first = request.draft_len
             positions += range(first, end)
-            own = request.token_ids[first + 1 : end + 1]
-            tokens += own + [0] * (end - first - len(own))
+            tokens += _following(request, first, end)
             slots += self.pool.slots(request.row, first, end - first)
         return on_device([positions, tokens, slots], self.device)
 
@@ -102,9 +113,14 @@ class DraftCache:
         for request in requests:
             _keep_last(request)
 
-    def temperature(self, requests: list[Request]) -> Tensor:
-        """What the head is told, float32 [B]: 0 for greedy requests, 1 from temperature 1 on."""
-        return on_device(list(map(told_temperature, requests)), self.device, torch.float32)
+    def told(self, requests: list[Request]) -> Told:
+        return self._told(tuple(map(told_temperature, requests)))
+
+
+def _following(request: Request, start: int, end: int) -> list[int]:
+    """The token after each of the positions ``start`` .. ``end``, 0 where the host does not know it."""
+    own = request.token_ids[start + 1 : end + 1]
+    return own + [0] * (end - start - len(own))
 
 
 def _all_but_last(request: Request) -> list[Tensor]:

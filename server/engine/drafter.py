@@ -1,6 +1,8 @@
 """Drafts with an EAGLE-3 head, and keeps the head's cache true."""
 
 import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -22,7 +24,6 @@ from server.engine.pool import Pool
 from server.engine.types import Verdict
 
 LEAST_WIDTH = 4  # see ``draft_width``
-FEW_ROWS = 16  # of each request, that go through the whole layer in one call on a CPU, though its last one alone has to
 REPLAYED_ROWS = 2048  # by which the draft cache is brought up to date by graphs, at most
 
 
@@ -59,6 +60,18 @@ def draft_width(shape: TreeShape) -> int:
     head, and for all trees that the target may have gone ahead of.
     """
     return max(LEAST_WIDTH, 1 << max(shape.depth, shape.nodes - 1).bit_length())
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What the head is told of requests: ``temperature`` float32 [B], clamped to [0, 1]."""
+
+    head: Eagle3Head
+    temperature: Tensor
+
+    @cached_property
+    def condition(self) -> Condition:
+        return self.head.condition(self.temperature[:, None])
 
 
 class Grown(NamedTuple):
@@ -107,9 +120,7 @@ class Drafter:
         """States and logits of drafted rows, int64 [B, N], whose keys and values go to ``slots`` int64 [B, N]; angles [2, B, N, 1, D]."""
         keys, values = self.cache.k[0], self.cache.v[0]
         if self._joined is not None and cpu.serves(hidden):
-            y, logits = self._joined.run(self.head.table, tokens, hidden, angles, slots, layout, *condition, keys, values)
-            assert logits is not None
-            return y, logits
+            return self._joined.run(self.head.table, tokens, hidden, angles, slots, layout, *condition, keys, values)
 
         def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
             qk, v, cos, sin = (part.flatten(0, 1) for part in (qk, v, cos, sin))
@@ -118,6 +129,24 @@ class Drafter:
 
         y = self.head(self.head.embed(tokens), hidden, angles, attend, condition)
         return y, self.head.logits(y, condition)
+
+    @property
+    def catches_up_at_once(self) -> bool:
+        """Whether ``catch_up`` can be called in the place of ``extend``."""
+        return self._joined is not None and self.graphs is None and cpu.serves(self.state)
+
+    def catch_up(
+        self, features: Tensor, tokens: Tensor, rows: Tensor, starts: Tensor, ends: Tensor, tables: Tensor, told: Told
+    ) -> None:  # fmt: skip
+        """``extend`` in one call on a CPU, for requests with ``rows`` of the block ``tables``, at logical slots ``starts`` to ``ends``,
+        int64 [B] each.
+        """
+        assert self._joined is not None
+        hidden = self.head.combine(features.to(self.state.dtype))
+        self._joined.catch_up(
+            self.head.table, hidden, tokens, self.head.rope, rows, starts, ends, tables, self.block_size, told.condition.shift,
+            self.cache.k[0], self.cache.v[0], self.state,
+        )  # fmt: skip
 
     def extend(
         self, places: Tensor, features: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, last: Tensor, block_tables: Tensor,
@@ -144,15 +173,6 @@ class Drafter:
         lengths: Tensor, temperature: Tensor, max_context: int,
     ) -> None:  # fmt: skip
         keys, values = self.cache.k[0], self.cache.v[0]
-        if self._joined is not None and self.graphs is None and len(tokens) <= FEW_ROWS * len(last) and cpu.serves(features):
-            layout, own = _chunks(block_tables, lengths, last, self.block_size, max_context)
-            shift = self.head.condition(temperature).shift
-            shift = None if shift is None else shift.index_select(0, own)[:, None]
-            hidden, angles = self.head.combine(features)[:, None], self.head.angles(positions[:, None])
-            rows = self.head.table, tokens[:, None], hidden, angles, slots, layout, shift, None
-            y, _ = self._joined.run(*rows, keys, values, logits=False)
-            self.state.index_copy_(0, places, y[:, 0].index_select(0, last))
-            return
         layout = TreeLayout(block_tables, lengths, torch.zeros_like(lengths)[:, None], None, None, self.block_size, max_context)
 
         def attend(qk: Tensor, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -186,38 +206,38 @@ class Drafter:
 
     def grow(
         self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, max_context: int, shape: TreeShape, options: SamplingBatch,
-        noise: Noise | None, sigma: Tensor, temperature: Tensor, limits: Tensor | None,
+        noise: Noise | None, sigma: Tensor, told: Told, limits: Tensor | None,
     ) -> Grown:  # fmt: skip
         """The nodes of one tree per request (EAGLE-2): those after the best ``topk`` nodes of every level.
 
         A node's score is the product over its path of softmax((log q + noise) / sigma), the drafted survival probability: with the
         request's own noise the draft guesses the very token that verification will draw.
-        sigma float32 [B, shape.depth]: drafting temperatures of the levels; temperature float32 [B]: the requests', clamped to [0, 1];
-        limits int64 [B]: most drafted nodes of each request, where 0 is all that counts here.
+        sigma float32 [B, shape.depth]: drafting temperatures of the levels; limits int64 [B]: most drafted nodes of each request, where
+        0 is all that counts here.
         """
         arguments = rows + 1, block_tables, context_lens, options
         if self._joined is not None and self.graphs is None and has_kernel(options) and cpu.serves(self.state):
-            return self._grown(*arguments, noise, sigma, temperature, limits, shape)
+            return self._grown(*arguments, noise, sigma, told, limits, shape)
         if self.graphs is None:
-            return Grown.of(self._levels(*arguments, noise, sigma, temperature, limits, shape, max_context))
+            return Grown.of(self._levels(*arguments, noise, sigma, told.temperature, limits, shape, max_context))
         return Grown.of(
             self.graphs.run(
-                self._static_levels, *arguments, _key(noise, rows), sigma, temperature, limits,
+                self._static_levels, *arguments, _key(noise, rows), sigma, told.temperature, limits,
                 shape=shape, max_context=graph_context(max_context),
             )
         )  # fmt: skip
 
     def _grown(
         self, rows: Tensor, block_tables: Tensor, context_lens: Tensor, options: SamplingBatch, noise: Noise | None, sigma: Tensor,
-        temperature: Tensor, limits: Tensor | None, shape: TreeShape,
+        told: Told, limits: Tensor | None, shape: TreeShape,
     ) -> Grown:  # fmt: skip
         """``_levels`` in one call."""
         assert self._joined is not None
         head, vocab = self.head, self.head.config.vocab_size
-        start = torch.zeros_like(temperature) if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
+        start = None if limits is None else torch.where(limits == 0, float("-inf"), 0.0)
         pool, levels = self._joined.grow(
-            head.table, self.states(rows), head.rope, *head.condition(temperature[:, None]), block_tables, context_lens, self.block_size,
-            None if noise is None else noise.key, vocab, self._target_ids, options.temperature, sigma.t(), start, shape.topk,
+            head.table, self.states(rows), head.rope, *told.condition, block_tables, context_lens, self.block_size,
+            None if noise is None else noise.key, vocab, self._target_ids, options.temperature, sigma, start, shape.topk,
             (shape.level_price, shape.node_price), self.cache.k[0], self.cache.v[0],
         )  # fmt: skip
         scores, tokens, parents = pool
@@ -302,18 +322,6 @@ class Drafter:
             levels.append(Pool(level.scores, level.tokens, parents))
             first += levels[-2].scores.shape[1]
         return tuple(levels)
-
-
-def _chunks(block_tables: Tensor, lengths: Tensor, last: Tensor, block_size: int, max_context: int) -> tuple[TreeLayout, Tensor]:
-    """The layout of causal rows, one request's after the other's, of which each request's ``last`` int64 [B] comes to slot ``lengths``
-    int64 [B]; and whose they are, int64 [M]. Arguments as in ``Drafter.extend``.
-    """
-    counts = torch.diff(last, prepend=last.new_tensor([-1]))
-    most = int(counts.max())
-    rows = torch.arange(most)
-    live = None if len(last) == 1 or most * len(last) == int(last[-1]) + 1 else rows < counts[:, None]
-    layout = TreeLayout(block_tables, lengths + 1 - counts, rows.expand(len(last), -1), None, live, block_size, max_context)
-    return layout, torch.arange(len(last)).repeat_interleave(counts)
 
 
 def _worthwhile(scores: Tensor, parents: Tensor, shape: TreeShape) -> int:

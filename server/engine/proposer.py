@@ -111,8 +111,8 @@ class Proposer:
             limits = self._limits(requests, shape)
             grown = ahead and ahead.of(requests)
             if grown is None:
-                sigma, temperature, tables = self._sigma(requests, shape.depth), self.cache.temperature(requests), self.pool.tables[at.rows]
-                grown = self.drafter.grow(at.rows, tables, at.lengths, at.longest, shape, options, noise, sigma, temperature, limits)
+                sigma, told = self._sigma(requests, shape.depth), self.cache.told(requests)
+                grown = self.drafter.grow(at.rows, at.tables, at.lengths, at.longest, shape, options, noise, sigma, told, limits)
             self.drew(grown)
             if guesses := Candidates.of(drafts, 0 if self.drafter.graphs is None else shape.nodes - 1):  # kernels have sizes, too
                 pool = merge(grown.pool, guesses.pool.to(self.device), min(grown.levels, guesses.depth))
@@ -143,7 +143,7 @@ class Proposer:
         assert self.drafter is not None
         assert self.cache is not None
         try:
-            sigma, temperature = self._sigma(requests, shape.depth), self.cache.temperature(requests)
+            sigma, temperature = self._sigma(requests, shape.depth), self.cache.told(requests).temperature
             tables, lengths, longest = layout.block_tables, layout.context_lens, layout.max_context
             grown = self.drafter.go_on(rows, features, verdict, tables, lengths, longest, shape, options, noise, sigma, temperature)
             return Drafted(requests, grown)
@@ -182,11 +182,11 @@ class Proposer:
         try:
             ends = [request.prefill_len for request in requests]
             rows, lengths = on_device([[request.row for request in requests], ends], self.device)
-            sigma, temperature = self._sigma(requests, shape.depth), self.cache.temperature(requests)
+            sigma, told = self._sigma(requests, shape.depth), self.cache.told(requests)
             if noise is not None:
                 noise = replace(noise, key=noise.key._replace(positions=noise.key.positions + 1))
             options = options._replace(allowed=None)
-            grown = self.drafter.grow(rows, self.pool.tables[rows], lengths, max(ends), shape, options, noise, sigma, temperature, None)
+            grown = self.drafter.grow(rows, self.pool.tables[rows], lengths, max(ends), shape, options, noise, sigma, told, None)
             return Drafted(requests, grown).beside(others)
         except torch.AcceleratorError:
             raise

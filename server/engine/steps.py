@@ -129,7 +129,7 @@ class Steps:
         wanted = complete if prompts.rows.keep is not None else prompts.last_rows(complete)
         last = logits.index_select(0, on_device(wanted, self.device))[:, None]  # a list as an index would wait for the device
         options, noise = self.verifications.sampling(done, 0)
-        tree, options = constrain(done, root_only(placed(done, self.device).roots), options, self.target.vocab_size)
+        tree, options = constrain(done, root_only(placed(done, self.pool).roots), options, self.target.vocab_size)
         verdict, healthy = _verify(tree, 0, last, options, noise)
         return First(done, complete, last, verdict, options, noise, fetch(verdict.tokens, healthy))
 

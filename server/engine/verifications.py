@@ -71,7 +71,7 @@ class Verifications:
         proposals = [
             *([self._draft(by_head, plan)] if by_head else []),
             *([self._copy(by_text, plan)] if by_text else []),
-            *([self._plain(quiet, placed(quiet, self.device), plan.guesses_of(quiet))] if quiet else []),
+            *([self._plain(quiet, placed(quiet, self.pool), plan.guesses_of(quiet))] if quiet else []),
         ]
         if not self.fixed and self.device.type == "cpu" and len(proposals) > 1 and all(map(_is_ragged, proposals)):
             proposals = [self._together(proposals)]
@@ -79,7 +79,7 @@ class Verifications:
 
     def _draft(self, requests: list[Request], plan: Plan, ahead: Drafted | None = None) -> Proposal:
         """Trees for the requests; of one node each when there is nothing worth drafting."""
-        at = placed(requests, self.device)
+        at = placed(requests, self.pool)
         if plan.shape.nodes > 1 and plan.shape.depth > 0:
             self.proposer.begin(requests)
         shape = plan.shape if self.fixed else _allowed(requests, plan.shape)
@@ -94,7 +94,7 @@ class Verifications:
 
     def _passed(self, passed: Passed, plan: Plan) -> Proposal:
         """What the target has computed ahead."""
-        requests, at = passed.requests, placed(passed.requests, self.device)
+        requests, at = passed.requests, placed(passed.requests, self.pool)
         self.proposer.drew(passed.grown)
         if passed.grown is None:
             return self._plain(requests, at, plan.guesses_of(requests))
@@ -110,7 +110,7 @@ class Verifications:
     def _copy(self, requests: list[Request], plan: Plan) -> Proposal:
         """Trees of what the requests' own texts propose, which costs nothing to make; if the rule has not looked, what grammars demand."""
         drafts = plan.guesses_of(requests) or self.proposer.look_up(requests, plan.shape.nodes, math.inf)
-        at = placed(requests, self.device)
+        at = placed(requests, self.pool)
         tree = self.proposer.copy(at.roots, plan.shape, drafts)
         if tree.tokens.shape[1] == 1:
             return self._plain(requests, at, drafts)
@@ -128,7 +128,7 @@ class Verifications:
         drafts = [draft for proposal in proposals for draft in proposal.drafts or [Draft() for _ in proposal.requests]]
         reach = max(proposal.reach for proposal in proposals)
         return Proposal(
-            requests, placed(requests, self.device), stacked([proposal.tree for proposal in proposals]), reach,
+            requests, placed(requests, self.pool), stacked([proposal.tree for proposal in proposals]), reach,
             *self.sampling(requests, reach), drafts if looked_up else None, proposals[0].by_head,
         )  # fmt: skip
 
@@ -143,8 +143,7 @@ class Verifications:
         live = None if self.fixed or self.device.type == "cuda" else tree.tokens >= 0
         if live is not None and bool(live.all()):
             live = None
-        tables = self.pool.tables[at.rows]
-        layout = TreeLayout(tables, at.lengths, tree.depth, tree.ancestors, live, self.pool.block_size, at.longest)
+        layout = TreeLayout(at.tables, at.lengths, tree.depth, tree.ancestors, live, self.pool.block_size, at.longest)
         rows = Rows(tree.tokens.clamp(min=0), layout, None if live is None else layout.live_rows)
         return Verification(proposal._replace(tree=tree, options=options), rows)
 
