@@ -130,15 +130,17 @@ struct Places {
         kept = room<Index>(kept_rows);
         for (Index part = 0, row = 0, k = 0; part < part_count; part++) {
             const Layout &layout = layouts[part];
-            const Index *keep = given[part].keep, *end = keep + given[part].kept;
+            const Index *keep = given[part].keep, *end = keep ? keep + given[part].kept : nullptr;
             for (Index b = 0; b < layout.batch; b++)
                 for (Index i = 0; i < layout.row_count(b); i++, row++) {
                     Index node = layout.node(b, i), flat = b * layout.rows + node, slot;
                     parts[row] = part, nodes[row] = flat;
                     angles[row] = std::min(layout.lengths[b] + layout.depth[b * layout.depth_row + node], angle_count - 1);
                     layout.find<1>(b, layout.lengths[b] + layout.first_column + node, &slot), slots[row] = slot;
-                    if (!given[part].keep || (keep < end && *keep == flat)) kept[k++] = row, keep++;
+                    if (!given[part].keep) kept[k++] = row;
+                    for (; keep < end && *keep <= flat; keep++) kept[k++] = row;
                 }
+            for (; keep < end; keep++) kept[k++] = row - 1;  // of entries without live rows any will do
         }
     }
 };

@@ -4,7 +4,7 @@ import math
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
@@ -37,9 +37,10 @@ class Plan:
     """What one step of ``batch`` requests may draft, for whom, and what became of it.
 
     ``copying``: requests that have trees of what their own texts propose; ``guesses``: what was looked up, by request id, None where
-    nothing was; ``lasting``: the next step will probably draft as this one does; ``apart``: by graphs, those that draft have a forward
-    pass of their own. Of those that the head drafts for, ``rows``: that their draft caches are behind, but for one each; ``nodes`` and
-    ``levels`` of the shape by which trees were grown; ``drafts``: (request, drafted nodes, accepted nodes) of those that had a tree.
+    nothing was; ``expected`` and ``copied``: tokens that those trees were to bring, and that they brought; ``lasting``: the next step
+    will probably draft as this one does; ``apart``: by graphs, those that draft have a forward pass of their own. Of those that the head
+    drafts for, ``rows``: that their draft caches are behind, but for one each; ``nodes`` and ``levels`` of the shape by which trees were
+    grown; ``drafts``: (request, drafted nodes, accepted nodes) of those that had a tree.
     """
 
     shape: TreeShape
@@ -48,6 +49,8 @@ class Plan:
     batch: int = 0
     copying: list[Request] = field(default_factory=list)
     guesses: dict[str, Draft] | None = None
+    expected: float = 0.0
+    copied: int = 0
     lasting: bool = False
     apart: bool = False
     rows: int = 0
@@ -91,6 +94,7 @@ class LoadRule:
     def __init__(self, shape: TreeShape, costs: Mapping[int, StepCost], acceptance: Mapping[int, float], head: bool = True) -> None:
         self.shape, self.costs, self.head = shape, dict(costs), head
         self._batches = sorted(costs)
+        self._between: dict[int, StepCost] = {}
         self._usual = {nodes: tokens - 1 for nodes, tokens in acceptance.items()}
         self._sizes = {(batch, warmth): self._first_size(batch, warmth) for batch in self._batches for warmth in range(WARMEST + 1)}
         self._worth: dict[int, float] = {}  # accepted tokens beside the usual ones, by class
@@ -113,7 +117,7 @@ class LoadRule:
         """
         batch = len(requests) + coming
         if guesses is None and self._rests(requests, batch):
-            return replace(self._last, batch=len(requests))
+            return Plan(self._last.shape, [], self._last.gain, len(requests))
         cost = self._cost(batch)
         texts = {} if guesses is None else self._texts.gains(requests, guesses, self._cost(len(requests)))
         tokens, nodes = total(texts)
@@ -134,12 +138,13 @@ class LoadRule:
         level = self._cost(len(chosen)).level if chosen else 0.0
         plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, len(requests))
         if not chosen:
-            self._last = replace(plan)
+            self._last = plan
         plan.rows = sum(r.num_pending - 1 for r in chosen)
         if guesses is not None:
             others = {r.request_id for r in chosen + left_out}
             plan.guesses = {request.request_id: draft for request, draft in zip(requests, guesses, strict=True)}
             plan.copying = [r for r in requests if r.request_id in texts and r.request_id not in others]
+            plan.expected = sum(texts[r.request_id].tokens for r in plan.copying)
         return plan
 
     def _checks(self, gain: float) -> bool:
@@ -165,7 +170,7 @@ class LoadRule:
 
     def _priced(self, batch: int, speed: float, level: float) -> TreeShape:
         """The largest tree at prices of ``speed`` tokens per second; ``level``: seconds of one."""
-        return self.shape._replace(level_price=speed * level, node_price=speed * self.costs[self._measured(batch)].node / batch)
+        return self.shape._replace(level_price=speed * level, node_price=speed * self._cost(batch).node / batch)
 
     def _best(self, able: list[Request], batch: int, speed: float, texts: dict[str, Text]) -> tuple[int, float]:
         """How many of the requests, the best first, should draft, and the tokens per second then; 0 where that is not over ``speed``."""
@@ -218,10 +223,11 @@ class LoadRule:
         """Learn from a step; ``seconds`` None where it had other work as well."""
         size = self._measured(plan.batch)
         if plan.copying:
+            self._texts.learn(plan.expected, plan.copied)
             seconds = None  # which says as much of the texts
         if not plan.drafting:
             if seconds is not None and plan.batch:
-                self._compare(size, False, math.log(seconds / self.costs[size].plain))
+                self._compare(size, False, math.log(seconds / self._cost(plan.batch).plain))
             return
         count = len(plan.drafting)
         kind = self._kind_of(plan.drafting, count)
@@ -283,14 +289,21 @@ class LoadRule:
 
     def _seconds(self, batch: int, drafting: int, size: _Size, rows: float) -> float:
         """Seconds of a step of ``batch`` requests of which ``drafting`` have trees of that size and draft caches ``rows`` behind."""
-        own, cost = self.costs[self._measured(drafting)], self.costs[self._measured(batch)]
+        own, cost = self._cost(drafting), self._cost(batch)
         draft = max(0.0, own.tree(1, 1) - own.plain) + own.level * max(0.0, size.levels - 1) + own.row * rows
         trees = max(0.0, cost.text - own.text)  # of a step with any: for all its requests, not those alone that draft
         model = cost.plain + draft + trees + cost.node / batch * size.nodes * drafting
         return model * math.exp(self._bias[self._measured(batch)])
 
     def _cost(self, batch: int) -> StepCost:
-        return self.costs[self._measured(batch)]
+        """As measured, or between the measured sizes before and after it."""
+        if batch not in self._between:
+            above = self._measured(batch)
+            below = max((size for size in self._batches if size <= batch), default=above)
+            share = (batch - below) / (above - below) if above > below else 0.0
+            pairs = zip(self.costs[below], self.costs[above], strict=True)
+            self._between[batch] = StepCost(*(first + (second - first) * share for first, second in pairs))
+        return self._between[batch]
 
     def _measured(self, batch: int) -> int:
         """The measured batch size that stands for ``batch``: the next larger one."""

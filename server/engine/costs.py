@@ -21,6 +21,7 @@ from server.engine.graphs import in_halves
 logger = logging.getLogger(__name__)
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
+IN_A_ROW, PLAIN_IN_A_ROW = 2, 8  # steps of a kind in a turn: up to so many plain ones after larger ones take longer, for whatever reason
 TREE_TURNS = 5  # of a kind of step whose graphs are recorded,
 RECORDING_SECONDS = 120.0  # within so much time,
 MAX_TREE_ROWS = 1024  # and for so many nodes of a batch, which on an H200 took as long as four plain steps (8 billion parameters)
@@ -74,11 +75,11 @@ def measure_costs(
             costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=1e9)
             continue
         for _ in range(MAX_TURNS):
-            # Twice each: the first finds the processor's caches full of another kind's.
-            pairs = [(run(batch, kind), run(batch, kind)) for kind in kinds]
+            # Several times each: the first find the processor slowed down by other kinds, and its caches full of theirs.
+            runs = [[run(batch, kind) for _ in range(IN_A_ROW if kind.nodes > 1 else PLAIN_IN_A_ROW)] for kind in kinds]
             late = [sync(batch, rows) for rows in (1, MEASURED_ROWS)]
-            best = list(map(min, best, [*map(min, pairs), *late]))
-            spent += sum(map(sum, pairs)) + sum(late)
+            best = list(map(min, best, [*map(min, runs), *late]))
+            spent += sum(map(sum, runs)) + sum(late)
             if spent > until:
                 break
         costs[batch] = _parts(best, shape.depth, many.nodes, batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 from server.engine.drafter import Drafter, Told
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
-from server.engine.request import Request
+from server.engine.request import Piece, Request
 
 logger = logging.getLogger(__name__)
 MAX_PENDING_BYTES = 8 << 20  # features per request that may wait for the draft cache while speculation is off,
@@ -77,7 +77,7 @@ class DraftCache:
         for request in requests:
             behind = min(rows, request.draft_len)
             request.draft_len -= behind
-            request.pending.append(torch.zeros(behind, self.drafter.head.fc.in_features, device=self.device))
+            request.pending.append(Piece(torch.zeros(behind, self.drafter.head.fc.in_features, device=self.device), 0, behind))
         start = time.perf_counter()
         self.sync(requests)
         self.drafter.state[0].tolist()  # wait for the device
@@ -99,7 +99,7 @@ class DraftCache:
             self._write_all_but_last([request for request in requests if request.num_pending > PENDING_ROWS])
             return
         most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
-        if any(request.num_pending > most for request in requests):
+        if any(request.context_len - request.draft_len > most for request in requests):
             self.sync([request for request in requests if request.num_pending > most // 2])
 
     def _write_all_but_last(self, requests: list[Request]) -> None:
@@ -108,7 +108,7 @@ class DraftCache:
             return
         ends = [request.context_len - 1 for request in requests]
         entries = self._entries(requests, ends)
-        features = [rows for request in requests for rows in _all_but_last(request)]
+        features = [rows for request in requests for rows in _first(request.pending, request.num_pending - 1)]
         self.drafter.write(torch.cat(features), entries[1], entries[0], entries[2])
         for request in requests:
             _keep_last(request)
@@ -123,24 +123,20 @@ def _following(request: Request, start: int, end: int) -> list[int]:
     return own + [0] * (end - start - len(own))
 
 
-def _all_but_last(request: Request) -> list[Tensor]:
-    """Pieces of the pending rows before the last."""
-    if len(request.pending) == request.num_pending:  # each is a row
-        return request.pending[:-1]
-    return list(_first(request.pending, request.num_pending - 1))
-
-
 def _keep_last(request: Request) -> None:
-    last = request.pending[-1]
-    request.pending[:] = [last[-1:].clone() if len(last) > 1 else last]  # a slice would keep all rows that it is one of
+    whole, first, end = request.pending[-1]
+    last = Piece(whole, first, end) if end == first + 1 else Piece(whole[end - 1 : end].clone(), 0, 1)  # not all rows that it is one of
+    request.pending[:] = [last]
     request.draft_len = request.context_len - 1
 
 
-def _first(pieces: list[Tensor], count: int) -> Iterator[Tensor]:
+def _first(pieces: list[Piece], count: int) -> Iterator[Tensor]:
     """The first ``count`` rows of all pieces together."""
     for piece in pieces:
-        yield piece[:count]
-        count -= min(count, len(piece))
+        if count == 0:
+            return
+        yield piece.rows(count)
+        count -= min(count, piece.end - piece.first)
 
 
 def told_temperature(request: Request) -> float:

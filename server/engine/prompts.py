@@ -12,7 +12,7 @@ from server.engine.graphs import LEAST_CONTEXT, power_of_two
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
 from server.engine.logprobs import token_logprobs
-from server.engine.request import Request
+from server.engine.request import Piece, Request
 from server.engine.types import TokenLogprob
 
 PIECE = 16  # rows of a prompt that are an entry of a graph's batch
@@ -103,4 +103,4 @@ def extend(computed: Computed, joined: list[Request]) -> None:
             request.pending.clear()
             request.draft_len = request.context_len
         elif tapped is not None:
-            request.pending.append(tapped[first : first + len(chunk)])
+            request.pending.append(Piece(tapped, first, first + len(chunk)))

@@ -162,7 +162,7 @@ class Proposer:
         assert computed.features is not None
         (whose, chunks, firsts, _), tapped = computed.prompts, computed.features.flatten(0, 1)
         requests = [whose[i] for i in places]
-        pieces = [(*whose[i].pending, tapped[firsts[i] :][: len(chunks[i])]) for i in places]
+        pieces = [(*(whole[first:end] for whole, first, end in whose[i].pending), tapped[firsts[i] :][: len(chunks[i])]) for i in places]
         try:
             self.cache.extend(requests, [request.prefill_len for request in requests], [piece for own in pieces for piece in own], tokens)
             return True

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -15,6 +16,18 @@ from server.engine.ngram import NgramIndex
 from server.engine.types import FinishReason, RequestOutput, RequestTimes, SamplingParams, SpeculationStats, TokenLogprob
 
 WARMEST = 2  # class of requests, see ``Request.warmth``
+
+
+class Piece(NamedTuple):
+    """Rows of features, those from ``first`` to ``end`` of ``whole`` [R, 3 * H]. Most are never looked at, so that no view is made."""
+
+    whole: Tensor
+    first: int
+    end: int
+
+    def rows(self, most: int) -> Tensor:
+        """The first ``most`` of them, [n, 3 * H]."""
+        return self.whole[self.first : min(self.end, self.first + most)]
 
 
 @dataclass(eq=False)
@@ -39,7 +52,7 @@ class Request:
     prefill_len: int = 0
     context_len: int = 0
     draft_len: int = 0
-    pending: list[Tensor] = field(default_factory=list)  # [n, 3 * H] each
+    pending: list[Piece] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     num_offered: int = 0
     num_cached_tokens: int = 0  # of the prompt, taken over from other requests

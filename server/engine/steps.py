@@ -23,7 +23,7 @@ from server.engine.next_step import NextStep
 from server.engine.pool import root_only
 from server.engine.prompts import Computed, Prompts, extend, fit_beside, prompt_rows
 from server.engine.proposer import Proposer
-from server.engine.request import Request
+from server.engine.request import Piece, Request
 from server.engine.target import Target, spread
 from server.engine.types import RequestOutput, StepStats, Tree, Verdict
 from server.engine.verifications import Proposal, Verification, Verifications, is_plain
@@ -163,10 +163,11 @@ class Steps:
             begun.learn()
         # Whose draft caches have been brought up to what is committed now.
         extended = [drafted is not None and request.num_pending == 0 for request in batch.requests]
-        is_row = batch.tree.tokens.shape[1] == 1
-        for i, rows in enumerate(kept.unbind(0) if kept is not None and not all(extended) else ()):
-            if not extended[i]:
-                batch.requests[i].pending.append(rows if is_row else rows[: accepted[i] + 1])
+        if kept is not None:
+            flat, width = kept.flatten(0, 1), kept.shape[1]
+            for i, request in enumerate(batch.requests):
+                if not extended[i]:
+                    request.pending.append(Piece(flat, i * width, i * width + accepted[i] + 1))
         outputs = self._commit(batch.requests, begun.verdict, tokens, whole, begun.logits, stats)
         for request, is_extended in zip(batch.requests, extended, strict=True):
             if is_extended:
@@ -182,6 +183,8 @@ class Steps:
                 stats.drafts.append((nodes, kept))
                 if i < batch.by_head:
                     plan.drafts.append((request, nodes, kept))
+                else:
+                    plan.copied += kept
         stats.tree_nodes = max(stats.tree_nodes, batch.tree.tokens.shape[1])
         if batch.by_head:
             stats.draft_levels = plan.levels

@@ -8,6 +8,8 @@ from server.engine.ngram import Draft
 from server.engine.request import Request
 
 LOOKUP_SECONDS, LOOKUP_SHARE = 8e-6, 0.003  # of one request's text, and of a plain step: what lookups in vain may take
+BELIEF, FADING = 20.0, 0.98  # tokens by which texts are believed at first, and what a step leaves of what was seen before it,
+PARDON = 0.003  # and of the disbelief, what a step takes in which they were not
 
 
 class Text(NamedTuple):
@@ -25,11 +27,24 @@ def total(texts: Mapping[str, Text]) -> Text:
 
 
 class TextRule:
-    """Whose text is worth its rows. ``needed``: the speed-up over plain decoding that texts must promise together."""
+    """Whose text is worth its rows. ``needed``: the speed-up over plain decoding that texts must promise together.
+
+    Texts are verified where they promise much, which is more often where too much is promised: what became of it corrects them.
+    """
 
     def __init__(self, needed: float) -> None:
         self.needed = needed
         self._unread = 0  # further steps in which nothing is looked up
+        self._promised, self._kept = BELIEF, BELIEF
+
+    @property
+    def truth(self) -> float:
+        """Accepted tokens for one that was promised."""
+        return min(1.0, self._kept / self._promised)
+
+    def learn(self, expected: float, accepted: int) -> None:
+        """Tokens that the nodes of a step were expected to bring, as ``gains`` has them, and those that they brought."""
+        self._promised, self._kept = self._promised * FADING + expected / self.truth, self._kept * FADING + accepted
 
     def price(self, batch: int, cost: StepCost, requests: list[Request]) -> float | None:
         """Tokens that a node must bring; None in a step in which nothing is to be looked up: as long as texts propose nothing, that
@@ -45,18 +60,25 @@ class TextRule:
         a grammar demands.
         """
         batch, price = len(requests), self._price(cost)
-        found = ((r.request_id, draft, Text(*draft.worth(price))) for r, draft in zip(requests, guesses, strict=True) if draft.tokens)
+        found = ((r.request_id, draft, self._text(draft, price)) for r, draft in zip(requests, guesses, strict=True) if draft.tokens)
         bought = [(name, draft, text) for name, draft, text in found if text.nodes]
         texts = {name: text for name, _, text in bought}
         tokens, nodes = total(texts)
         if nodes and (batch + tokens) * cost.plain >= self.needed * batch * (cost.plain + self.seconds(batch, cost, nodes)):
             self._unread = 0
             return texts
+        if nodes:
+            self._kept += (self._promised - self._kept) * PARDON
         self._unread = int(LOOKUP_SECONDS * batch / (LOOKUP_SHARE * cost.plain))
         return {name: text for name, draft, text in bought if draft.demanded}
 
+    def _text(self, draft: Draft, price: float) -> Text:
+        tokens, nodes = draft.worth(price)
+        return Text(tokens * self.truth, nodes)
+
     def _price(self, cost: StepCost) -> float:
-        return self.needed * cost.node / cost.plain
+        """In tokens as they are promised."""
+        return self.needed * cost.node / cost.plain / self.truth
 
     @staticmethod
     def seconds(batch: int, cost: StepCost, nodes: int) -> float:

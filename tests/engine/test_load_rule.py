@@ -115,9 +115,9 @@ def test_prices_are_what_the_time_would_bring_otherwise() -> None:
 def test_a_step_costs_what_its_drafting_requests_cost() -> None:
     costs = {1: StepCost(1.0, 1.5, 0.1, 0.01), 8: StepCost(2.0, 4.0, 0.4, 0.16)}
     rule = LoadRule(SHAPE, costs, ACCEPTANCE)
-    for measured, drafting in ((1, 1), (8, 5)):
+    between = StepCost(*(first + (second - first) * 3 / 7 for first, second in zip(costs[1], costs[8], strict=True)))
+    for measured, drafting, own in ((1, 1, costs[1]), (8, 4, between)):
         size = levels, nodes, _ = rule._sizes[measured, 0]
-        own = costs[measured]
         expected = 2.0 + (own.tree(1, 1) - own.plain) + own.level * (levels - 1) + 0.16 / 8 * nodes * drafting
         assert rule._seconds(8, drafting, size, 0) == pytest.approx(expected)
     assert rule._seconds(8, 8, size, 0) == pytest.approx(costs[8].tree(levels, 1 + nodes))
@@ -388,6 +388,27 @@ def test_texts_in_vain_are_looked_up_in_few_of_short_steps() -> None:
         assert looked == [step % (between + 1) == 0 for step in range(20)]
 
 
+def test_texts_that_promise_too_much_are_believed_less() -> None:
+    """Where half of what they promise comes true they are tried now and then; where that changes, it is soon found."""
+    rule, requests = experienced(SHAPE, {1: StepCost(1.0, 40.0, 1.0, 0.4)}, ACCEPTANCE), crowd(1)
+
+    def copied(steps: int, right: int) -> int:
+        """Steps in which a text is verified, that promises 0.9 tokens and keeps them in ``right`` of 10."""
+        count = 0
+        for _ in range(steps):
+            plan = rule.choose(requests, [guess(0.9)])
+            plan.copied = int(bool(plan.copying) and count % 10 < right)
+            count += bool(plan.copying)
+            rule.observe(plan, 1.0)
+        return count
+
+    assert copied(300, 9) > 290
+    copied(300, 4)
+    assert 0 < copied(300, 4) < 100
+    copied(300, 9)
+    assert copied(300, 9) > 290
+
+
 def test_clocks_do_not_hear_steps_with_texts() -> None:
     """They would say as much of the texts as of the head."""
     rule, requests = experienced(SHAPE, {1: StepCost(1.0, 1.2, 0.05, 0.02, text=0.5)}, ACCEPTANCE), crowd(1)
@@ -395,7 +416,7 @@ def test_clocks_do_not_hear_steps_with_texts() -> None:
     for step in range(400):
         plan = rule.choose(requests, [guess(*[0.95] * 5) if step % 3 == 0 else guess()])
         kinds[bool(plan.drafting), bool(plan.copying)] += 1
-        plan.levels, plan.drafts = 3, [(r, 8, 3) for r in plan.drafting]
+        plan.levels, plan.drafts, plan.copied = 3, [(r, 8, 3) for r in plan.drafting], round(plan.expected)
         rule.observe(plan, 10.0 if plan.copying else 1.48 if plan.drafting else 1.0)
     assert min(kinds[True, False], kinds[False, True], kinds[False, False]) > 5
     assert abs(rule._bias[1]) < 0.02
