@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from struct import pack
 from sys import byteorder
 from typing import Any, NamedTuple
@@ -49,10 +50,11 @@ class Decoder:
         assert all(part.is_contiguous() for part in (table, cos, sin))
         self.table, self.outputs, self.shape, self.numbers = table, lm_head.outputs, (heads, kv_heads, size), (scale, eps)
         self._parts = table, cos, sin, list(layers), norm, lm_head  # whose addresses the words have
+        self._taps = cache(lambda taps: torch.tensor(taps, dtype=torch.long))
         self._layers = torch.tensor([_words(layer) for layer in layers])
         self.words = torch.tensor(_words((table, cos, sin, norm, lm_head, self._layers, len(layers), len(cos))))
 
-    def run(self, parts: Sequence[Rows], k_cache: Tensor, v_cache: Tensor, taps: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+    def run(self, parts: Sequence[Rows], k_cache: Tensor, v_cache: Tensor, taps: tuple[int, ...]) -> list[tuple[Tensor, Tensor | None]]:
         """Of each part logits [K, V] and what the layers ``taps`` read, [B, N, taps * H], 0 at rows that are not live; None without taps.
 
         k_cache, v_cache [layers, blocks, block, Hkv, D].
@@ -72,7 +74,7 @@ class Decoder:
         layouts = parts[0].layout.words.own if len(parts) == 1 else torch.stack([part.layout.words.own for part in parts])
         cpu.launch(
             "decode", self.table.dtype, self.words, layouts, torch.tensor(words), len(parts), k_cache, v_cache, k_cache.stride(0),
-            torch.tensor(taps, dtype=torch.long), len(taps), self.table.shape[1], *self.shape, *self.numbers, logits,
+            self._taps(taps), len(taps), self.table.shape[1], *self.shape, *self.numbers, logits,
         )  # fmt: skip
         return list(zip(logits.split(counts), features, strict=True))
 

@@ -116,15 +116,18 @@ class LoadRule:
         ``coming``: requests whose prompts are computed, who will share what costs are compared for: to begin with a request pays later.
         """
         batch = len(requests) + coming
-        if guesses is None and self._rests(requests, batch):
-            return Plan(self._last.shape, [], self._last.gain, len(requests))
-        cost = self._cost(batch)
         texts = {} if guesses is None else self._texts.gains(requests, guesses, self._cost(len(requests)))
+        rests, known = self._rests(requests, batch), None
+        if guesses is not None:
+            known = {request.request_id: draft for request, draft in zip(requests, guesses, strict=True)}
+        if rests and not texts:
+            return Plan(self._last.shape, [], self._last.gain, len(requests), guesses=known)
+        cost = self._cost(batch)
         tokens, nodes = total(texts)
         speed = (batch + tokens) / (cost.plain + self._texts.seconds(batch, cost, nodes))
         chosen: list[Request] = []
         left_out: list[Request] = []
-        if self.head and not self._rests(requests, batch):
+        if self.head and not rests:
             able = sorted((r for r in requests if r.max_draft_nodes > 0), key=lambda r: self._advantage(r, texts), reverse=True)
             best, faster = self._best(able, batch, (STOP_GAIN if self._drafting else START_GAIN) * speed, texts)
             speed = faster if best else speed
@@ -136,13 +139,12 @@ class LoadRule:
                 chosen = self._trusted(able[:best], batch) + self._probe(able[best:], batch)
             self._rest, self._batch = 0 if best or chosen or texts else _REST, batch
         level = self._cost(len(chosen)).level if chosen else 0.0
-        plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, len(requests))
+        plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, len(requests), guesses=known)
         if not chosen:
             self._last = plan
         plan.rows = sum(r.num_pending - 1 for r in chosen)
-        if guesses is not None:
+        if texts:
             others = {r.request_id for r in chosen + left_out}
-            plan.guesses = {request.request_id: draft for request, draft in zip(requests, guesses, strict=True)}
             plan.copying = [r for r in requests if r.request_id in texts and r.request_id not in others]
             plan.expected = sum(texts[r.request_id].tokens for r in plan.copying)
         return plan

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from kernels.tree_mask import MAX_NODES
 from server.engine.drafter import Drafter, Told
 from server.engine.host import on_device
 from server.engine.kv_cache import BlockPool
@@ -24,6 +25,7 @@ class DraftCache:
 
     def __init__(self, drafter: Drafter, pool: BlockPool) -> None:
         self.drafter, self.pool, self.device = drafter, pool, pool.tables.device
+        self._unbounded = 0  # further steps after which no request can have more rows that wait than it may, but for prompts
         # Batches stay as they are for many steps.
         self._told = lru_cache(maxsize=16)(lambda temperatures: Told(drafter.head, on_device([*temperatures], self.device, torch.float32)))
 
@@ -98,9 +100,14 @@ class DraftCache:
         if self.drafter.graphs is not None:
             self._write_all_but_last([request for request in requests if request.num_pending > PENDING_ROWS])
             return
+        if self._unbounded:
+            self._unbounded -= 1
+            return
         most = MAX_PENDING_BYTES // (self.drafter.head.fc.in_features * self.drafter.state.itemsize)
-        if any(request.context_len - request.draft_len > most for request in requests):
+        longest = max((request.num_pending for request in requests), default=0)
+        if longest > most:
             self.sync([request for request in requests if request.num_pending > most // 2])
+        self._unbounded = max(0, most - longest) // MAX_NODES
 
     def _write_all_but_last(self, requests: list[Request]) -> None:
         """Bring keys and values of the draft caches up to all pending rows but the last, from which drafting would start."""

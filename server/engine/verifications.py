@@ -139,8 +139,8 @@ class Verifications:
     def _verification(self, proposal: Proposal) -> Verification:
         requests, at, tree = proposal[:3]
         tree, options = constrain(requests, widened(tree) if self.fixed else tree, proposal.options, self.vocab_size)
-        # Padding costs nothing on a GPU, where finding it would make the host wait.
-        live = None if self.fixed or self.device.type == "cuda" else tree.tokens >= 0
+        # Padding costs nothing on a GPU, where finding it would make the host wait, and roots are never padding.
+        live = None if self.fixed or self.device.type == "cuda" or tree.tokens.shape[1] == 1 else tree.tokens >= 0
         if live is not None and bool(live.all()):
             live = None
         layout = TreeLayout(at.tables, at.lengths, tree.depth, tree.ancestors, live, self.pool.block_size, at.longest)
