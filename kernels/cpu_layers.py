@@ -69,7 +69,7 @@ class Decoder:
             held += [tokens := tokens.contiguous(), *([] if keep is None else [keep := keep.contiguous()])]
             features.append(own)
             counts.append(len(keep) if keep is not None else tokens.numel() if layout.live is None else len(layout.live_rows))
-            words += _words((tokens, keep, counts[-1], own))
+            words += _words((tokens, keep, -1 if keep is None else len(keep), own))
         logits = self.table.new_empty(sum(counts), self.outputs)
         layouts = parts[0].layout.words.own if len(parts) == 1 else torch.stack([part.layout.words.own for part in parts])
         cpu.launch(

@@ -107,7 +107,7 @@ struct Decoder {
     Index count, angles;
 };
 
-// Of a layout the tokens of all its nodes, the ``kept`` flat nodes whose logits are wanted, ascending, null: of all rows; and where what
+// Of a layout the tokens of all its nodes, the ``kept`` flat nodes whose logits are wanted, ascending, -1: of all rows; and where what
 // the tapped layers read comes to, [nodes, taps * hidden].
 struct Part {
     const Index *tokens, *keep;
@@ -124,23 +124,23 @@ struct Places {
         for (Index part = 0; part < part_count; part++) {
             firsts[part] = rows;
             for (Index b = 0; b < layouts[part].batch; b++) rows += layouts[part].row_count(b);
-            kept_rows += given[part].keep ? given[part].kept : rows - firsts[part];
+            kept_rows += given[part].kept < 0 ? rows - firsts[part] : given[part].kept;
         }
         for (auto *own : {&parts, &nodes, &angles, &slots}) *own = room<Index>(rows);
         kept = room<Index>(kept_rows);
         for (Index part = 0, row = 0, k = 0; part < part_count; part++) {
             const Layout &layout = layouts[part];
-            const Index *keep = given[part].keep, *end = keep ? keep + given[part].kept : nullptr;
+            const Index *keep = given[part].keep, *end = keep + std::max<Index>(given[part].kept, 0);
             for (Index b = 0; b < layout.batch; b++)
                 for (Index i = 0; i < layout.row_count(b); i++, row++) {
                     Index node = layout.node(b, i), flat = b * layout.rows + node, slot;
                     parts[row] = part, nodes[row] = flat;
                     angles[row] = std::min(layout.lengths[b] + layout.depth[b * layout.depth_row + node], angle_count - 1);
                     layout.find<1>(b, layout.lengths[b] + layout.first_column + node, &slot), slots[row] = slot;
-                    if (!given[part].keep) kept[k++] = row;
+                    if (given[part].kept < 0) kept[k++] = row;
                     for (; keep < end && *keep <= flat; keep++) kept[k++] = row;
                 }
-            for (; keep < end; keep++) kept[k++] = row - 1;  // of entries without live rows any will do
+            for (; keep < end; keep++) kept[k++] = std::max<Index>(row - 1, 0);  // of an entry without live rows: whatever
         }
     }
 };
@@ -157,7 +157,8 @@ void decode(
         at.rows, static_cast<const T *>(model->cos), static_cast<const T *>(model->sin), at.angles.get(), at.slots.get(), layouts,
         at.firsts.get(), part_count};
     const Room<T> space(model->layers[0], shape, at.rows);
-    auto hidden = room<T>(at.rows * hidden_size), delta = room<T>(at.rows * hidden_size), normed = room<T>(at.rows * hidden_size);
+    const Index most = std::max<Index>({1, at.rows, at.kept_rows}) * hidden_size;
+    auto hidden = room<T>(most), delta = room<T>(most), normed = room<T>(most);
 #pragma omp parallel
     {
         for (Index i = 0; i < model->count; i++) {
@@ -179,10 +180,9 @@ void decode(
         }
 #pragma omp for
         for (Index i = 0; i < at.kept_rows; i++) {
-            T *own = hidden.get() + at.kept[i] * hidden_size;
-            add_rms_norm_of<T>(
-                own, delta.get() + at.kept[i] * hidden_size, static_cast<const T *>(model->norm), eps, hidden_size, own,
-                normed.get() + i * hidden_size);
+            T *out = normed.get() + i * hidden_size;
+            const Index first = at.kept[i] * hidden_size;
+            add_rms_norm_of<T>(hidden.get() + first, delta.get() + first, static_cast<const T *>(model->norm), eps, hidden_size, out, out);
         }
         model->lm_head.multiply(normed.get(), at.kept_rows, logits);
     }

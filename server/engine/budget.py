@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
-from server.engine.costs import MEASURED_ROWS, StepCost, powers_of_two
+from server.engine.costs import MEASURED_ROWS, UNMEASURED, StepCost, powers_of_two
 from server.engine.drafter import TreeShape
 from server.engine.ngram import Draft
 from server.engine.request import WARMEST, Request
@@ -140,8 +140,8 @@ class LoadRule:
             self._rest, self._batch = 0 if best or chosen or texts else _REST, batch
         level = self._cost(len(chosen)).level if chosen else 0.0
         plan = Plan(self._priced(batch, speed, level), chosen, speed * cost.plain / batch, len(requests), guesses=known)
-        if not chosen:
-            self._last = plan
+        if not chosen and not texts:
+            self._last = Plan(plan.shape, [], plan.gain)
         plan.rows = sum(r.num_pending - 1 for r in chosen)
         if texts:
             others = {r.request_id for r in chosen + left_out}
@@ -225,7 +225,8 @@ class LoadRule:
         """Learn from a step; ``seconds`` None where it had other work as well."""
         size = self._measured(plan.batch)
         if plan.copying:
-            self._texts.learn(plan.expected, plan.copied)
+            if not any(request.matcher for request in plan.copying):
+                self._texts.learn(plan.expected, plan.copied)
             seconds = None  # which says as much of the texts
         if not plan.drafting:
             if seconds is not None and plan.batch:
@@ -302,7 +303,7 @@ class LoadRule:
         if batch not in self._between:
             above = self._measured(batch)
             below = max((size for size in self._batches if size <= batch), default=above)
-            share = (batch - below) / (above - below) if above > below else 0.0
+            share = (batch - below) / (above - below) if above > below and self.costs[above].base < UNMEASURED else 1.0
             pairs = zip(self.costs[below], self.costs[above], strict=True)
             self._between[batch] = StepCost(*(first + (second - first) * share for first, second in pairs))
         return self._between[batch]

@@ -19,6 +19,7 @@ from server.engine.drafter import TreeShape
 from server.engine.graphs import in_halves
 
 logger = logging.getLogger(__name__)
+UNMEASURED = 1e9  # seconds of trees that are not worth measuring: nobody will have any
 MEASURING_SECONDS = 15.0  # at start-up, after which larger batches decode plainly
 TURN_SECONDS, MAX_TURNS = 1.0, 15  # per batch size
 IN_A_ROW, PLAIN_IN_A_ROW = 2, 8  # steps of a kind in a turn: up to so many plain ones after larger ones take longer, for whatever reason
@@ -72,7 +73,7 @@ def measure_costs(
         kinds = (shape.shrunk(1), slim._replace(depth=1), slim, many, many._replace(depth=0))
         best, until = [math.inf] * (len(kinds) + 2), spent + TURN_SECONDS
         if spent > MEASURING_SECONDS:
-            costs[batch] = StepCost(plain=1.0, base=1e9, level=0.0, node=1e9)
+            costs[batch] = StepCost(plain=1.0, base=UNMEASURED, level=0.0, node=UNMEASURED)
             continue
         for _ in range(MAX_TURNS):
             # Several times each: the first find the processor slowed down by other kinds, and its caches full of theirs.
@@ -116,7 +117,7 @@ def cost_of_trees(seconds: Mapping[TreeShape, float]) -> StepCost:
     deep = {shape.nodes: max(t for other, t in seconds.items() if other.nodes == shape.nodes) for shape in seconds}
     nodes = max(deep)
     node = (deep[nodes] - deep[2]) / (nodes - 2) if nodes > 2 else 0.0
-    base = deep.get(2, 1e9) - 2 * node
+    base = deep.get(2, UNMEASURED) - 2 * node
     return StepCost(deep[1], base, 0.0, node, text=max(0.0, base + node - deep[1]))
 
 

@@ -135,9 +135,7 @@ class Drafter:
         """Whether ``catch_up`` can be called in the place of ``extend``."""
         return self._joined is not None and self.graphs is None and cpu.serves(self.state)
 
-    def catch_up(
-        self, features: Tensor, tokens: Tensor, rows: Tensor, starts: Tensor, ends: Tensor, tables: Tensor, told: Told
-    ) -> None:  # fmt: skip
+    def catch_up(self, features: Tensor, tokens: Tensor, rows: Tensor, starts: Tensor, ends: Tensor, tables: Tensor, told: Told) -> None:
         """``extend`` in one call on a CPU, for requests with ``rows`` of the block ``tables``, at logical slots ``starts`` to ``ends``,
         int64 [B] each.
         """

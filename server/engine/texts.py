@@ -8,8 +8,8 @@ from server.engine.ngram import Draft
 from server.engine.request import Request
 
 LOOKUP_SECONDS, LOOKUP_SHARE = 8e-6, 0.003  # of one request's text, and of a plain step: what lookups in vain may take
-BELIEF, FADING = 20.0, 0.98  # tokens by which texts are believed at first, and what a step leaves of what was seen before it,
-PARDON = 0.003  # and of the disbelief, what a step takes in which they were not
+BELIEF, FADING = 20.0, 0.98  # tokens by which texts are believed at first, no step counting more; what it leaves of what was seen before,
+PARDON = 0.003  # and what a step in which texts were not verified takes of the disbelief
 
 
 class Text(NamedTuple):
@@ -29,7 +29,8 @@ def total(texts: Mapping[str, Text]) -> Text:
 class TextRule:
     """Whose text is worth its rows. ``needed``: the speed-up over plain decoding that texts must promise together.
 
-    Texts are verified where they promise much, which is more often where too much is promised: what became of it corrects them.
+    Texts are verified where they promise much, which is more often where too much is promised: what became of it corrects them all
+    together, but for what a grammar demands.
     """
 
     def __init__(self, needed: float) -> None:
@@ -44,7 +45,9 @@ class TextRule:
 
     def learn(self, expected: float, accepted: int) -> None:
         """Tokens that the nodes of a step were expected to bring, as ``gains`` has them, and those that they brought."""
-        self._promised, self._kept = self._promised * FADING + expected / self.truth, self._kept * FADING + accepted
+        promised = expected / self.truth
+        weight = min(1.0, BELIEF / promised) if promised else 0.0
+        self._promised, self._kept = self._promised * FADING + promised * weight, self._kept * FADING + accepted * weight
 
     def price(self, batch: int, cost: StepCost, requests: list[Request]) -> float | None:
         """Tokens that a node must bring; None in a step in which nothing is to be looked up: as long as texts propose nothing, that
@@ -74,11 +77,10 @@ class TextRule:
 
     def _text(self, draft: Draft, price: float) -> Text:
         tokens, nodes = draft.worth(price)
-        return Text(tokens * self.truth, nodes)
+        return Text(tokens if draft.demanded else tokens * self.truth, nodes)
 
     def _price(self, cost: StepCost) -> float:
-        """In tokens as they are promised."""
-        return self.needed * cost.node / cost.plain / self.truth
+        return self.needed * cost.node / cost.plain
 
     @staticmethod
     def seconds(batch: int, cost: StepCost, nodes: int) -> float:

@@ -118,6 +118,23 @@ def test_rows_that_are_not_live(everything: bool) -> None:
     assert (len(logits), int((logits == 0).all(1).sum())) == ((12, 5) if everything else (3, 0))
 
 
+@pytest.mark.parametrize("keep", [[1, 3, 4], [4, 4], []])
+def test_rows_that_are_kept_twice_or_not_live(keep: list[int]) -> None:
+    """As graphs of prompts have them of nobody's entries; there the value does not matter, but for the others."""
+    model = tiny_model("llama")
+    target = build(model, random_head(model), decoder=packed, max_num_seqs=4).steps.target
+    cache, live = target.new_cache(8, 16), torch.tensor([[True, True], [False, False], [True, False]])
+    layout = TreeLayout(
+        torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.zeros(3, dtype=torch.long), torch.arange(2).expand(3, -1), None, live, 16, 0
+    )
+    with torch.inference_mode():
+        (everything, _), *_ = target.forward_parts([Rows(torch.arange(6).view(3, 2), layout)], cache)
+        (logits, _), *_ = target.forward_parts([Rows(torch.arange(6).view(3, 2), layout, torch.tensor(keep, dtype=torch.long))], cache)
+    assert len(logits) == len(keep)
+    for own, row in zip(logits, keep, strict=True):
+        assert not live.flatten()[row] or torch.equal(own, everything[row])
+
+
 @pytest.mark.parametrize("model_type", ["qwen3"])
 def test_other_layers_stay_apart(model_type: str) -> None:
     assert packed(tiny_model(model_type))._joined is None

@@ -14,7 +14,7 @@ from server.engine import budget, texts
 from server.engine.budget import LoadRule, Plan, default_acceptance
 from server.engine.costs import StepCost, measure_costs
 from server.engine.drafter import TreeShape, _worthwhile
-from server.engine.ngram import LONGEST, Draft, Rates
+from server.engine.ngram import DEMANDED, LONGEST, Draft, Rates
 from server.engine.request import WARMEST, Request
 from server.engine.types import SamplingParams
 from tests.engine.engines import byte_tokenizer
@@ -407,6 +407,19 @@ def test_texts_that_promise_too_much_are_believed_less() -> None:
     assert 0 < copied(300, 4) < 100
     copied(300, 9)
     assert copied(300, 9) > 290
+
+
+def test_one_step_of_a_crowd_that_brought_nothing_is_forgiven() -> None:
+    """However many tokens it had promised; and what a grammar demands is verified all the while."""
+    rule, requests = experienced(SHAPE, {16: StepCost(1.0, 40.0, 1.0, 0.3)}, ACCEPTANCE), crowd(16)
+    sure, demanded = guess(*[0.98] * 12), guess(*[0.98] * 12)
+    demanded.kinds = [(0, DEMANDED, 0)] * 12
+    assert rule.choose(requests, [sure] * 16).copying == requests
+    for _ in range(3):
+        rule._texts.learn(170.0, 0)
+    assert rule.choose(requests, [sure] * 16).copying == []
+    assert rule.choose(requests, [sure] * 15 + [demanded]).copying == requests[15:]
+    assert any(rule.choose(requests, [sure] * 16).copying for _ in range(1000))
 
 
 def test_clocks_do_not_hear_steps_with_texts() -> None:
