@@ -14,7 +14,7 @@ from kernels.cpu_linear import padded, panel_linear, panel_linear_cpu, panels_of
 from kernels.tree_attention import LARGEST_HEAD
 
 PACKED_ROWS = 8  # that oneDNN's copies are made for
-FEW_ROWS = {torch.float32: 640, torch.bfloat16: 256}  # up to which our kernels are faster than the library's, or as fast
+FEW_ROWS = {torch.float32: 320, torch.bfloat16: 256}  # up to which our kernels are faster than the library's, or as fast
 
 
 def store_transposed(model: nn.Module) -> None:
