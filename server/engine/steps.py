@@ -10,7 +10,6 @@ from kernels.sampling import SamplingBatch
 from kernels.tree_layout import Rows
 from kernels.tree_verify import tree_verify
 from server.engine.ahead import Drafted, Passed
-from server.engine.batch import placed
 from server.engine.begun import Begun, First
 from server.engine.budget import Plan
 from server.engine.config import EngineError
@@ -129,7 +128,8 @@ class Steps:
         wanted = complete if prompts.rows.keep is not None else prompts.last_rows(complete)
         last = logits.index_select(0, on_device(wanted, self.device))[:, None]  # a list as an index would wait for the device
         options, noise = self.verifications.sampling(done, 0)
-        tree, options = constrain(done, root_only(placed(done, self.pool).roots), options, self.target.vocab_size)
+        roots = on_device([request.token_ids[-1] for request in done], self.device)
+        tree, options = constrain(done, root_only(roots), options, self.target.vocab_size)
         verdict, healthy = _verify(tree, 0, last, options, noise)
         return First(done, complete, last, verdict, options, noise, fetch(verdict.tokens, healthy))
 
