@@ -12,7 +12,7 @@ import torch
 from kernels.best_nodes import best_nodes
 from server.engine import budget, texts
 from server.engine.budget import LoadRule, Plan, default_acceptance
-from server.engine.costs import StepCost, measure_costs
+from server.engine.costs import UNMEASURED, StepCost, measure_costs
 from server.engine.drafter import TreeShape, _worthwhile
 from server.engine.ngram import DEMANDED, LONGEST, Draft, Rates
 from server.engine.request import WARMEST, Request
@@ -121,6 +121,12 @@ def test_a_step_costs_what_its_drafting_requests_cost() -> None:
         expected = 2.0 + (own.tree(1, 1) - own.plain) + own.level * (levels - 1) + 0.16 / 8 * nodes * drafting
         assert rule._seconds(8, drafting, size, 0) == pytest.approx(expected)
     assert rule._seconds(8, 8, size, 0) == pytest.approx(costs[8].tree(levels, 1 + nodes))
+
+
+def test_nothing_is_concluded_of_sizes_that_were_not_measured() -> None:
+    costs = {1: StepCost(1.0, 1.1, 0.0, 0.01), 32: StepCost(1.0, UNMEASURED, 0.0, UNMEASURED)}
+    rule = LoadRule(SHAPE, costs, ACCEPTANCE)
+    assert [rule._cost(batch) for batch in (1, 2, 32, 40)] == [costs[1], costs[32], costs[32], costs[32]]
 
 
 def test_a_draft_cache_that_is_far_behind_must_pay_until_the_request_ends() -> None:
@@ -415,8 +421,12 @@ def test_one_step_of_a_crowd_that_brought_nothing_is_forgiven() -> None:
     sure, demanded = guess(*[0.98] * 12), guess(*[0.98] * 12)
     demanded.kinds = [(0, DEMANDED, 0)] * 12
     assert rule.choose(requests, [sure] * 16).copying == requests
-    for _ in range(3):
+    rule._texts.learn(170.0, 0)
+    assert rule._texts.truth > 0.4
+    for _ in range(2):
         rule._texts.learn(170.0, 0)
+    gains = rule._texts.gains(requests, [sure] * 15 + [demanded], rule.costs[16])
+    assert gains == {requests[15].request_id: demanded.worth(0.0)}
     assert rule.choose(requests, [sure] * 16).copying == []
     assert rule.choose(requests, [sure] * 15 + [demanded]).copying == requests[15:]
     assert any(rule.choose(requests, [sure] * 16).copying for _ in range(1000))
